@@ -1,0 +1,194 @@
+"""What a run minimises: an objective maps (forward, batch) to a loss and its parts.
+
+Every target token carries an integer loss group. With N_g the number of real tokens of group g in
+the *global* batch,
+
+    L = sum_g w_g * (sum of cross entropy over the tokens of g) / N_g
+
+`Standard` has one group with weight 1. `StepByStep(alpha)` has w = (alpha, 1 - alpha) for labels and
+rationales, the loss of Hsieh et al. 2023 (arXiv 2305.02301, eq. 3). Because the N_g are counted
+before anything is divided, the value does not depend on packing, on the number of micro-batches or
+on the shape of the mesh: losses of micro-batches *add up* to the loss of the batch.
+
+Batch keys used here: `decoder_target_tokens`, `decoder_loss_weights` (1 = a real target token) and
+`decoder_loss_groups`, each int32 [batch, length].
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from distill import losses
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+# The index of a name is the loss group that tasks write into their rows.
+LOSS_GROUPS = ("label", "rationale")
+
+
+class Forward(NamedTuple):
+    """A model with its parameters and rng closed over.
+
+    Attributes:
+      states: batch -> decoder states [batch, length, embed].
+      unembed: states (or a slice over length) -> float32 logits [..., vocab].
+    """
+
+    states: Callable[[Batch], Array]
+    unembed: Callable[[Array], Array]
+
+
+def group_counts(batch: Batch) -> Array:
+    """Real target tokens of each loss group, float32 [G]. Call it on the whole batch of a step."""
+    weights = batch["decoder_loss_weights"]
+    return losses.sum_by_group(
+        jnp.ones_like(weights), batch["decoder_loss_groups"], weights, len(LOSS_GROUPS)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Standard:
+    """Mean cross entropy over the real target tokens of one loss group.
+
+    Standard fine-tuning (gold labels) and standard distillation (the teacher's labels).
+
+    Attributes:
+      z_loss: see `losses.cross_entropy`.
+      label_smoothing: see `losses.cross_entropy`.
+    """
+
+    z_loss: float = 1e-4
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        _check(self)
+
+    @property
+    def group_weights(self) -> tuple[float, ...]:
+        return (1.0,) * len(LOSS_GROUPS)
+
+    def check_groups(self, groups: set[int], mixture: str) -> None:
+        """Raises ValueError where the data has more than one loss group."""
+        if len(groups) > 1:
+            raise ValueError(
+                f"{mixture!r} has {len(groups)} loss groups "
+                f"({', '.join(LOSS_GROUPS[g] for g in sorted(groups))}), but objective Standard "
+                "averages over one: the long rationales would swamp the labels. Use "
+                "--gin_file=step_by_step.gin (OBJECTIVE = @objectives.StepByStep()), or a task "
+                "with one stream such as <name>_label or <name>_predict."
+            )
+
+    def __call__(self, forward: Forward, batch: Batch, counts: Array):
+        return _weighted_cross_entropy(self, forward, batch, counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepByStep:
+    """alpha * label loss + (1 - alpha) * rationale loss, each the mean over its own tokens.
+
+    Source: Hsieh et al. 2023 (arXiv 2305.02301), eq. 3, written with alpha as in the released code.
+
+    Attributes:
+      alpha: weight of the labels, in [0, 1]; the paper uses 0.5.
+      z_loss: see `losses.cross_entropy`; weighted by group like the cross entropy.
+      label_smoothing: see `losses.cross_entropy`.
+    """
+
+    alpha: float = 0.5
+    z_loss: float = 1e-4
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"StepByStep.alpha must be in [0, 1], not {self.alpha!r} (ALPHA).")
+        _check(self)
+
+    @property
+    def group_weights(self) -> tuple[float, ...]:
+        return (self.alpha, 1.0 - self.alpha)
+
+    def check_groups(self, groups: set[int], mixture: str) -> None:
+        """Raises ValueError where the data lacks one of the two loss groups."""
+        missing = [name for g, name in enumerate(LOSS_GROUPS) if g not in groups]
+        if missing:
+            raise ValueError(
+                f"{mixture!r} has no {' and no '.join(missing)} targets, which objective StepByStep "
+                "needs. Use a <name>_step_by_step mixture, or --gin_file=finetune.gin "
+                "(OBJECTIVE = @objectives.Standard()) for a task with one stream."
+            )
+
+    def __call__(self, forward: Forward, batch: Batch, counts: Array):
+        return _weighted_cross_entropy(self, forward, batch, counts)
+
+
+Objective = Standard | StepByStep
+
+
+def _check(objective: Objective) -> None:
+    if objective.z_loss < 0:
+        raise ValueError(f"z_loss must be >= 0, not {objective.z_loss!r} (Z_LOSS).")
+    if not 0 <= objective.label_smoothing < 1:
+        raise ValueError(
+            f"label_smoothing must be in [0, 1), not {objective.label_smoothing!r} (LABEL_SMOOTHING)."
+        )
+
+
+def _weighted_cross_entropy(objective: Objective, forward: Forward, batch: Batch, counts: Array):
+    """The loss of a (micro-)batch, given the token counts of the whole batch.
+
+    Args:
+      objective: gives the weights of the groups.
+      forward: the student.
+      batch: T5X's batch keys and `decoder_loss_groups`.
+      counts: `group_counts` of the *whole* batch of the step, [G].
+
+    Returns:
+      (loss, sums): the loss, a scalar whose sum over micro-batches is the loss of the step; and
+      sums over the tokens of each group, [G] each, for `summarize`.
+    """
+    targets = batch["decoder_target_tokens"]
+    groups, weights = batch["decoder_loss_groups"], batch["decoder_loss_weights"]
+    logits = forward.unembed(forward.states(batch))
+    ce, z = losses.cross_entropy(
+        logits, targets, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing
+    )
+    correct = jnp.argmax(logits, axis=-1) == targets
+    sums = {
+        name: losses.sum_by_group(values, groups, weights, len(LOSS_GROUPS))
+        for name, values in (("cross_ent", ce), ("z", z), ("correct", correct))
+    }
+    # A group that is absent from the batch contributes 0, not 0 / 0.
+    scale = jnp.asarray(objective.group_weights) / jnp.maximum(counts, 1.0)
+    return jnp.sum(scale * (sums["cross_ent"] + sums["z"])), sums
+
+
+def summarize(objective: Objective, sums: dict[str, Array], counts: Array) -> dict[str, Array]:
+    """Metrics of a step from its sums; group losses never include the z-loss.
+
+    Args:
+      objective: gives the weights of the groups.
+      sums: [G] each, added up over micro-batches.
+      counts: `group_counts` of the step, [G].
+
+    Returns:
+      Scalars: `loss` (what is minimised), `cross_ent_loss`, `z_loss`, `accuracy` (tokens), and
+      `cross_ent_loss/<group>`, `accuracy/<group>` for each group (NaN where it is absent).
+    """
+    weights = jnp.asarray(objective.group_weights)
+    present = jnp.maximum(counts, 1.0)
+    cross_ent = jnp.sum(weights * sums["cross_ent"] / present)
+    z = jnp.sum(weights * sums["z"] / present)
+    metrics = {
+        "loss": cross_ent + z,
+        "cross_ent_loss": cross_ent,
+        "z_loss": z,
+        "accuracy": jnp.sum(sums["correct"]) / jnp.maximum(jnp.sum(counts), 1.0),
+    }
+    for g, name in enumerate(LOSS_GROUPS):
+        metrics[f"cross_ent_loss/{name}"] = sums["cross_ent"][g] / counts[g]
+        metrics[f"accuracy/{name}"] = sums["correct"][g] / counts[g]
+    return metrics

@@ -1,0 +1,651 @@
+"""T5 1.1 and 1.0 as one linen module: encoder, decoder, cached decoding.
+
+The parameter tree carries T5X's names (`encoder/layers/attention/query/kernel`, ...), with the
+layers of a stack stacked on axis 0, so that a program has one copy of a layer however deep the
+model is and a checkpoint maps 1:1 to T5X's.
+
+Einsum letters: b batch, q query length, k key length, e embed, m mlp, h heads, d head_dim,
+v vocab, r relative position buckets.
+
+Source: Raffel et al. 2020 (arXiv 1910.10683); T5 1.1 as released with T5X (gated GELU, logits not
+tied to the embedding, no dropout in pre-training). Every number that matters for equality with
+released checkpoints is tested against logits that T5X itself produced.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+# (array, logical axis names) -> array; lets the partitioner pin activations to the mesh.
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+
+# Additive mask of the attention scores, as in T5X. Finite, so that a row of padding, which may
+# attend to nothing, gives a uniform softmax instead of NaN.
+MASKED = -1e10
+
+RELPOS_BUCKETS = 32
+RELPOS_MAX_DISTANCE = 128
+
+ACTIVATIONS = {
+    "gelu": nn.gelu,  # the tanh approximation, as in T5 1.1 ("gelu_new" at Hugging Face)
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "linear": lambda x: x,
+}
+
+REMAT_POLICIES = {
+    "none": None,
+    # Keep the outputs of the weight products, recompute attention scores and everything else.
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keep only what enters a layer.
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Size and numerics of a T5; the fields are those of T5X's config of the same name.
+
+    Attributes:
+      vocab_size: rows of the embedding; a vocabulary with fewer ids is padded up to it.
+      dtype: compute type, `float32` or `bfloat16`; parameters are always float32, and so are
+        logits, softmax and layer norm statistics. `auto` is bfloat16 on TPU and GPU, else float32.
+      emb_dim: width of the residual stream.
+      num_heads: attention heads.
+      num_encoder_layers: layers of the encoder.
+      num_decoder_layers: layers of the decoder.
+      head_dim: width of one head; `num_heads * head_dim` need not equal `emb_dim`.
+      mlp_dim: hidden width of the feed-forward block.
+      mlp_activations: one name, or two for a gated block, such as `("gelu", "linear")`.
+      dropout_rate: probability of dropping, in [0, 1).
+      logits_via_embedding: True ties the logits to the embedding (T5 1.0).
+      remat_policy: what the backward pass may keep: `none` (everything), `minimal`, `full`.
+    """
+
+    vocab_size: int
+    dtype: str = "auto"
+    emb_dim: int = 512
+    num_heads: int = 6
+    num_encoder_layers: int = 8
+    num_decoder_layers: int = 8
+    head_dim: int = 64
+    mlp_dim: int = 1024
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    dropout_rate: float = 0.1
+    logits_via_embedding: bool = False
+    remat_policy: str = "none"
+
+    def __post_init__(self):
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        for field in ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers",
+                      "num_decoder_layers", "head_dim", "mlp_dim"):  # fmt: skip
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"T5Config.{field} must be a positive integer, not {value!r}.")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(
+                f"T5Config.dtype must be 'auto', 'float32' or 'bfloat16', not {self.dtype!r}"
+                " (float16 overflows in T5)."
+            )
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"T5Config.dropout_rate must be in [0, 1), not {self.dropout_rate!r}.")
+        unknown = [a for a in self.mlp_activations if a not in ACTIVATIONS]
+        if unknown or not 1 <= len(self.mlp_activations) <= 2:
+            raise ValueError(
+                f"T5Config.mlp_activations must be one or two of {sorted(ACTIVATIONS)}, "
+                f"not {self.mlp_activations!r}."
+            )
+        if self.remat_policy not in REMAT_POLICIES:
+            raise ValueError(
+                f"T5Config.remat_policy must be one of {sorted(REMAT_POLICIES)}, "
+                f"not {self.remat_policy!r}."
+            )
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        if self.dtype != "auto":
+            return jnp.dtype(self.dtype)
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
+    del axes
+    return x
+
+
+def _kernel(module: nn.Module, name: str, shape, axes, init) -> Array:
+    """A float32 parameter that knows the logical name of each of its axes."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """Layer norm without mean or bias, statistics in float32: x * rsqrt(mean(x^2) + 1e-6)."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = _kernel(self, "scale", (x.shape[-1],), ("embed",), nn.initializers.ones)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        return x.astype(self.dtype) * jnp.expand_dims(scale.astype(self.dtype), range(x.ndim - 1))
+
+
+class Dense(nn.Module):
+    """y = x W over the last axis, no bias.
+
+    Attributes:
+      features: size of the last axis of the output.
+      axes: logical names of the two axes of the kernel.
+      kernel_init: initializer of the kernel [in, features].
+      dtype: type of the product.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    kernel_init: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = _kernel(self, "kernel", (x.shape[-1], self.features), self.axes, self.kernel_init)
+        return jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class Dropout(nn.Module):
+    """Drops with one mask for the whole length of a row (axis -2), as T5X does.
+
+    It is on whenever `apply` is given a `dropout` rng, so no flag has to be passed down.
+    """
+
+    rate: float
+    broadcast_length: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.rate == 0 or not self.has_rng("dropout"):
+            return x
+        shape = (*x.shape[:-2], 1, x.shape[-1]) if self.broadcast_length else x.shape
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with unscaled scores: 1 / sqrt(d) is folded into the query's init."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        width, dtype = cfg.num_heads * cfg.head_dim, cfg.compute_dtype
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+        def query_init(*args):
+            return init(*args) / np.sqrt(cfg.head_dim)
+
+        into, out = ("embed", "joined_kv"), ("joined_kv", "embed")
+        self.query = Dense(width, into, query_init, dtype)
+        self.key = Dense(width, into, init, dtype)
+        self.value = Dense(width, into, init, dtype)
+        self.out = Dense(cfg.emb_dim, out, init, dtype)
+        self.dropout = Dropout(cfg.dropout_rate)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+
+    def keys_values(self, x: Array) -> tuple[Array, Array]:
+        """[b, k, e] -> keys and values, each [b, k, h, d]."""
+        return self._heads(self.key(x)), self._heads(self.value(x))
+
+    def __call__(self, x: Array, kv: tuple[Array, Array], bias: Array) -> Array:
+        """Attends from x [b, q, e] to kv ([b, k, h, d], [b, k, h, d]).
+
+        Args:
+          x: normalised residual stream, [b, q, e].
+          kv: keys and values from `keys_values`.
+          bias: added to the scores, broadcastable to [b, h, q, k], float32: mask and relative
+            positions together.
+
+        Returns:
+          [b, q, e] in the compute dtype.
+        """
+        keys, values = kv
+        query = self._heads(self.query(x))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores + bias).astype(values.dtype)
+        weights = self.dropout(weights)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+        return self.out(mixed.reshape(*mixed.shape[:-2], -1))
+
+
+class MLP(nn.Module):
+    """Feed-forward block; with two activations the products of both branches are multiplied."""
+
+    config: T5Config
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg = self.config
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        hidden = 1
+        for i, activation in enumerate(cfg.mlp_activations):
+            name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
+            branch = Dense(cfg.mlp_dim, ("embed", "mlp"), init, cfg.compute_dtype, name=name)
+            hidden = hidden * ACTIVATIONS[activation](branch(x))
+        hidden = Dropout(cfg.dropout_rate)(hidden)
+        hidden = self.constrain(hidden, ("batch", "length", "mlp"))
+        return Dense(cfg.emb_dim, ("mlp", "embed"), init, cfg.compute_dtype, name="wo")(hidden)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each on the normalised stream and added back."""
+
+    config: T5Config
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array) -> tuple[Array, None]:
+        cfg = self.config
+        drop = Dropout(cfg.dropout_rate)
+        y = RMSNorm(cfg.compute_dtype, name="pre_attention_layer_norm")(x)
+        attention = Attention(cfg, name="attention")
+        x = x + drop(attention(y, attention.keys_values(y), bias))
+        y = RMSNorm(cfg.compute_dtype, name="pre_mlp_layer_norm")(x)
+        x = x + drop(MLP(cfg, self.constrain, name="mlp")(y))
+        return self.constrain(x, ("batch", "length", "embed")), None
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the encoder, feed-forward."""
+
+    config: T5Config
+    constrain: Constrain
+
+    def setup(self):
+        cfg = self.config
+        self.pre_self_attention_layer_norm = RMSNorm(cfg.compute_dtype)
+        self.self_attention = Attention(cfg)
+        self.pre_cross_attention_layer_norm = RMSNorm(cfg.compute_dtype)
+        self.encoder_decoder_attention = Attention(cfg)
+        self.pre_mlp_layer_norm = RMSNorm(cfg.compute_dtype)
+        self.mlp = MLP(cfg, self.constrain)
+        self.drop = Dropout(cfg.dropout_rate)
+
+    def __call__(self, x: Array, encoded: Array, self_bias: Array, cross_bias: Array):
+        """The layer over whole sequences: x [b, q, e], encoded [b, k, e] -> ([b, q, e], None)."""
+        y = self.pre_self_attention_layer_norm(x)
+        keys_values = self.self_attention.keys_values(y)
+        x = x + self.drop(self.self_attention(y, keys_values, self_bias))
+        cross = self.encoder_decoder_attention.keys_values(encoded)
+        return self._after_self_attention(x, cross, cross_bias), None
+
+    def cross_keys_values(self, carry: None, encoded: Array):
+        """Keys and values of the encoder's output for this layer, each [b, k, h, d]."""
+        return carry, self.encoder_decoder_attention.keys_values(encoded)
+
+    def step(self, x: Array, layer_cache, cross, self_bias: Array, cross_bias: Array):
+        """One new token per row.
+
+        The cache is only read: the new token's key and value are attended to beside it and are
+        returned, so that the caller writes one position of one array per step instead of copying
+        the cache of every layer.
+
+        Args:
+          x: [b, 1, e].
+          layer_cache: keys and values of the earlier tokens, each [b, k, h, d].
+          cross: keys and values of the encoder's output, each [b, s, h, d].
+          self_bias: [1, h, 1, k + 1]; the last entry belongs to the new token itself.
+          cross_bias: [b, 1, 1, s].
+
+        Returns:
+          The stream [b, 1, e], and the new token's key and value, each [b, 1, h, d].
+        """
+        y = self.pre_self_attention_layer_norm(x)
+        new = self.self_attention.keys_values(y)
+        keys_values = tuple(jnp.concatenate(kv, axis=1) for kv in zip(layer_cache, new))
+        x = x + self.self_attention(y, keys_values, self_bias)
+        return self._after_self_attention(x, cross, cross_bias), new
+
+    def _after_self_attention(self, x: Array, cross, cross_bias: Array) -> Array:
+        y = self.pre_cross_attention_layer_norm(x)
+        x = x + self.drop(self.encoder_decoder_attention(y, cross, cross_bias))
+        x = x + self.drop(self.mlp(self.pre_mlp_layer_norm(x)))
+        return self.constrain(x, ("batch", "length", "embed"))
+
+
+def relative_position_buckets(offsets: Array, bidirectional: bool) -> Array:
+    """Maps key position minus query position to one of 32 buckets.
+
+    Half of a direction's buckets hold one offset each, the other half grow logarithmically up to
+    128; all larger offsets share the last one. Source: Raffel et al. 2020, section 2.1.
+
+    Args:
+      offsets: integers of any shape, in tokens.
+      bidirectional: True (encoder) splits the buckets between both directions; False (decoder)
+        puts all later keys into bucket 0.
+
+    Returns:
+      int32 in [0, 32) of the same shape.
+    """
+    buckets = RELPOS_BUCKETS
+    result = jnp.zeros_like(offsets)
+    distance = -offsets
+    if bidirectional:
+        buckets //= 2
+        result += (distance < 0) * buckets
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(distance, 0)
+    exact = buckets // 2
+    # The clip keeps log(0) out of the branch that is not taken.
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact + np.finfo(np.float32).eps)
+    large = exact + (ratio / np.log(RELPOS_MAX_DISTANCE / exact) * (buckets - exact)).astype(
+        jnp.int32
+    )
+    return result + jnp.where(distance < exact, distance, jnp.minimum(large, buckets - 1))
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number per (head, bucket), shared by all layers of a stack."""
+
+    num_heads: int
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, query_positions: Array, key_positions: Array) -> Array:
+        """Positions [q] and [k], in tokens -> bias [1, h, q, k], float32."""
+        embedding = _kernel(
+            self, "rel_embedding", (self.num_heads, RELPOS_BUCKETS), ("heads", "relpos_buckets"),
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+        )  # fmt: skip
+        offsets = key_positions[None, :] - query_positions[:, None]
+        buckets = relative_position_buckets(offsets, self.bidirectional)
+        # A product with a one-hot: its gradient is a product too, where that of a gather would be
+        # a scatter of q * k rows into 32.
+        one_hot = jax.nn.one_hot(buckets, RELPOS_BUCKETS, dtype=jnp.float32)
+        return jnp.einsum("hr,qkr->hqk", embedding, one_hot)[None]
+
+
+def _scanned(layer: type[nn.Module], config: T5Config, length: int, methods: dict):
+    """`length` copies of a layer as one, parameters stacked on axis 0, recomputed by policy."""
+    policy = REMAT_POLICIES[config.remat_policy]
+    if policy is not None:
+        # prevent_cse=False: inside a scan there is no common subexpression to protect.
+        layer = nn.remat(layer, policy=policy, prevent_cse=False)
+    common = dict(
+        variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )  # fmt: skip
+    return nn.scan(layer, methods={name: {**common, **axes} for name, axes in methods.items()})
+
+
+class Encoder(nn.Module):
+    """Embedded tokens -> states."""
+
+    config: T5Config
+    constrain: Constrain
+
+    def setup(self):
+        cfg = self.config
+        self.relpos_bias = RelativePositionBias(cfg.num_heads, bidirectional=True)
+        stack = _scanned(EncoderLayer, cfg, cfg.num_encoder_layers,
+                         {"__call__": {"in_axes": nn.broadcast}})  # fmt: skip
+        self.layers = stack(cfg, self.constrain)
+        self.encoder_norm = RMSNorm(cfg.compute_dtype)
+        self.drop = Dropout(cfg.dropout_rate)
+        # T5X drops single values, not whole channels, after the encoder's last norm only.
+        self.drop_values = Dropout(cfg.dropout_rate, broadcast_length=False)
+
+    def __call__(self, embedded: Array, mask: Array) -> Array:
+        """embedded [b, k, e], mask [b, 1, k, k] (True = may attend) -> [b, k, e]."""
+        positions = jnp.arange(embedded.shape[1])
+        bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
+        x, _ = self.layers(self.drop(embedded), bias)
+        return self.drop_values(self.encoder_norm(x))
+
+
+class Decoder(nn.Module):
+    """Embedded target tokens and the encoder's states -> states."""
+
+    config: T5Config
+    constrain: Constrain
+
+    def setup(self):
+        cfg = self.config
+        self.relpos_bias = RelativePositionBias(cfg.num_heads, bidirectional=False)
+        stack = _scanned(
+            DecoderLayer, cfg, cfg.num_decoder_layers,
+            {
+                "__call__": {"in_axes": nn.broadcast},
+                "cross_keys_values": {"in_axes": nn.broadcast},
+                "step": {"in_axes": (0, 0, nn.broadcast, nn.broadcast)},
+            },
+        )  # fmt: skip
+        self.layers = stack(cfg, self.constrain)
+        self.decoder_norm = RMSNorm(cfg.compute_dtype)
+        self.drop = Dropout(cfg.dropout_rate)
+        if not cfg.logits_via_embedding:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+            self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), init, jnp.float32)
+
+    def __call__(self, embedded, encoded, self_mask, cross_mask) -> Array:
+        """[b, q, e], [b, k, e], masks [b, 1, q, q] and [b, 1, q, k] -> states [b, q, e]."""
+        positions = jnp.arange(embedded.shape[1])
+        self_bias = self.relpos_bias(positions, positions) + jnp.where(self_mask, 0.0, MASKED)
+        cross_bias = jnp.where(cross_mask, 0.0, MASKED)
+        x, _ = self.layers(self.drop(embedded), encoded, self_bias, cross_bias)
+        return self.drop(self.decoder_norm(x))
+
+    def cross_keys_values(self, encoded: Array):
+        """Keys and values of the encoder's states, each [layers, b, k, h, d]."""
+        return self.layers.cross_keys_values(None, encoded)[1]
+
+    def step(self, embedded, position, cache, cross, cross_bias):
+        """One token per row; see `T5.decode_step`."""
+        length = cache[0].shape[2]
+        keys = jnp.append(jnp.arange(length), position)
+        relative = self.relpos_bias(position[None], keys)
+        # Cache entries from `position` on have not been written yet; the last key is the token.
+        unwritten = (jnp.arange(length + 1) >= position) & (jnp.arange(length + 1) < length)
+        self_bias = relative + jnp.where(unwritten, MASKED, 0.0)[None, None, None]
+        x, new = self.layers.step(embedded, cache, cross, self_bias, cross_bias)
+        return self.decoder_norm(x), new
+
+
+class T5(nn.Module):
+    """Encoder-decoder with a shared embedding.
+
+    Dropout is on when `apply` gets `rngs={"dropout": key}`, off otherwise.
+
+    Attributes:
+      config: sizes and numerics.
+      constrain: pins activations to the mesh; see `partitioning.activation_constraint`.
+    """
+
+    config: T5Config
+    constrain: Constrain = _unconstrained
+
+    def setup(self):
+        cfg = self.config
+        self.token_embedder = Embedder(cfg.vocab_size, cfg.emb_dim, cfg.compute_dtype)
+        self.encoder = Encoder(cfg, self.constrain)
+        self.decoder = Decoder(cfg, self.constrain)
+
+    def encode(self, tokens: Array, segment_ids: Array | None = None) -> Array:
+        """Encodes input tokens.
+
+        Args:
+          tokens: int32 [b, k], 0 = padding.
+          segment_ids: int32 [b, k], which packed sequence each token belongs to (from 1); None =
+            one sequence a row.
+
+        Returns:
+          States [b, k, e] in the compute dtype.
+        """
+        mask = attention_mask(tokens > 0, tokens > 0, segment_ids, segment_ids)
+        return self.encoder(self._embed(tokens), mask)
+
+    def decode(
+        self,
+        encoded: Array,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        decoder_target_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+    ) -> Array:
+        """States of the decoder under teacher forcing.
+
+        Args:
+          encoded: from `encode`, [b, k, e].
+          encoder_input_tokens: int32 [b, k], for the mask.
+          decoder_input_tokens: int32 [b, q], the targets shifted right within each sequence.
+          decoder_target_tokens: int32 [b, q], 0 = padding.
+          encoder_segment_ids: int32 [b, k] or None.
+          decoder_segment_ids: int32 [b, q] or None.
+
+        Returns:
+          [b, q, e] in the compute dtype; `unembed` turns (a slice of) it into logits.
+        """
+        real = decoder_target_tokens > 0
+        self_mask = attention_mask(real, real, decoder_segment_ids, decoder_segment_ids)
+        length = real.shape[1]
+        self_mask &= jnp.tril(jnp.ones((length, length), bool))[None, None]
+        cross_mask = attention_mask(
+            real, encoder_input_tokens > 0, decoder_segment_ids, encoder_segment_ids
+        )
+        return self.decoder(self._embed(decoder_input_tokens), encoded, self_mask, cross_mask)
+
+    def unembed(self, states: Array) -> Array:
+        """States [..., e] -> float32 logits [..., v]."""
+        states = states.astype(jnp.float32)
+        if self.config.logits_via_embedding:
+            return self.token_embedder.attend(states) / np.sqrt(self.config.emb_dim)
+        return self.decoder.logits_dense(states)
+
+    def states(self, batch: dict[str, Array]) -> Array:
+        """Decoder states [b, q, e] of a batch under T5X's batch keys."""
+        encoder_segments = batch.get("encoder_segment_ids")
+        encoded = self.encode(batch["encoder_input_tokens"], encoder_segments)
+        return self.decode(
+            encoded,
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            batch["decoder_target_tokens"],
+            encoder_segments,
+            batch.get("decoder_segment_ids"),
+        )
+
+    def __call__(self, batch: dict[str, Array]) -> Array:
+        """Logits [b, q, v], float32, of a batch under T5X's batch keys."""
+        return self.unembed(self.states(batch))
+
+    def start_decoding(self, encoder_input_tokens: Array):
+        """Encodes the inputs once for `decode_step`.
+
+        Args:
+          encoder_input_tokens: int32 [b, k], one sequence a row.
+
+        Returns:
+          Keys and values of every decoder layer, each [layers, b, k, h, d], and the mask as a bias
+          [b, 1, 1, k].
+        """
+        cross = self.decoder.cross_keys_values(self.encode(encoder_input_tokens))
+        return cross, jnp.where(encoder_input_tokens > 0, 0.0, MASKED)[:, None, None]
+
+    def decode_step(self, tokens: Array, position: Array, cache, cross, cross_bias):
+        """Logits of the next token, given one more token per row.
+
+        Args:
+          tokens: int32 [b], the newest token of each row.
+          position: int32 scalar, its position in the targets, from 0.
+          cache: keys and values of earlier tokens, each [layers, b, max_length, h, d].
+          cross: from `start_decoding`.
+          cross_bias: from `start_decoding`.
+
+        Returns:
+          float32 logits [b, v], and the token's keys and values, each [layers, b, 1, h, d], which
+          the caller writes into the cache at `position`.
+        """
+        embedded = self._embed(tokens[:, None])
+        states, new = self.decoder.step(embedded, position, cache, cross, cross_bias)
+        return self.unembed(states)[:, 0], new
+
+    def _embed(self, tokens: Array) -> Array:
+        return self.constrain(self.token_embedder(tokens), ("batch", "length", "embed"))
+
+
+class Embedder(nn.Module):
+    """Token embedding by gather; `attend` is its transpose."""
+
+    vocab_size: int
+    emb_dim: int
+    dtype: Any
+
+    def setup(self):
+        self.embedding = _kernel(
+            self, "embedding", (self.vocab_size, self.emb_dim), ("vocab", "embed"),
+            nn.initializers.normal(1.0),
+        )  # fmt: skip
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+
+    def attend(self, states: Array) -> Array:
+        return jnp.einsum("...e,ve->...v", states, self.embedding)
+
+
+def attention_mask(query_real, key_real, query_segments=None, key_segments=None) -> Array:
+    """Which query may see which key: both real and of one packed sequence.
+
+    Args:
+      query_real: bool [b, q].
+      key_real: bool [b, k].
+      query_segments: int32 [b, q] or None.
+      key_segments: int32 [b, k] or None.
+
+    Returns:
+      bool [b, 1, q, k].
+    """
+    mask = query_real[:, None, :, None] & key_real[:, None, None, :]
+    if query_segments is not None:
+        mask &= query_segments[:, None, :, None] == key_segments[:, None, None, :]
+    return mask
+
+
+def _init_boxed(config: T5Config, rng: Array):
+    tokens = jnp.ones((1, 1), jnp.int32)
+    names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    return T5(config).init(rng, {name: tokens for name in names})["params"]
+
+
+def init_params(config: T5Config, rng: Array):
+    """Random float32 parameters as a nested dict of arrays, initialised as T5X does."""
+    return nn.unbox(_init_boxed(config, rng))
+
+
+def param_shapes(config: T5Config):
+    """The tree of `init_params` as `jax.ShapeDtypeStruct`s; allocates nothing."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def param_axes(config: T5Config):
+    """The tree of `init_params` with each array's logical axis names, e.g. `(layers, embed, mlp)`.
+
+    Leaves are tuples of str; pass `is_leaf=lambda x: isinstance(x, tuple)` to map over them.
+    """
+    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+    specs = nn.get_partition_spec(boxed)
+    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.P))
+
+
+def param_count(config: T5Config) -> int:
+    """Number of parameters; 76,961,152 for T5 1.1 small."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(param_shapes(config)))
