@@ -69,19 +69,24 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return jax.make_mesh(shape, tuple(sizes), (AxisType.Auto,) * len(shape), devices=devices)
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Logical axis names -> PartitionSpec, by AXIS_RULES; names further left choose first."""
+def _mesh_axes(axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
+    """For each logical axis the mesh axes that split it; names further left choose first."""
     used: set[str] = set()
-    entries: list[tuple[str, ...] | None] = []
+    result = []
     for axis in axes:
         free = tuple(m for m in AXIS_RULES[axis] if m not in used) if axis else ()
         used.update(free)
-        entries.append(free or None)
-    return PartitionSpec(*entries)
+        result.append(free)
+    return result
 
 
-def _shards(mesh: Mesh, entry) -> int:
-    return int(np.prod([mesh.shape[m] for m in entry or ()]))
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Logical axis names -> PartitionSpec, by AXIS_RULES."""
+    return PartitionSpec(*(names or None for names in _mesh_axes(axes)))
+
+
+def _shards(mesh: Mesh, mesh_axes: tuple[str, ...]) -> int:
+    return int(np.prod([mesh.shape[m] for m in mesh_axes]))
 
 
 def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
@@ -97,15 +102,14 @@ def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     """
 
     def one(path, shape, names):
-        entries = spec(names)
-        for size, name, entry in zip(shape.shape, names, entries):
-            if size % _shards(mesh, entry):
+        for size, name, mesh_axes in zip(shape.shape, names, _mesh_axes(names)):
+            if size % _shards(mesh, mesh_axes):
                 raise ValueError(
                     f"Parameter {path_name(path)} has axis {name!r} of size {size}, which does not "
-                    f"divide by the {_shards(mesh, entry)} devices of mesh axis {'*'.join(entry)}. "
-                    f"Choose a size of that mesh axis which divides {size}."
+                    f"divide by the {_shards(mesh, mesh_axes)} devices of mesh axis "
+                    f"{'*'.join(mesh_axes)}. Choose a size of that mesh axis which divides {size}."
                 )
-        return NamedSharding(mesh, entries)
+        return NamedSharding(mesh, spec(names))
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 

@@ -1,0 +1,292 @@
+"""Evaluation: greedy predictions of checkpoints on tasks, scored against gold labels.
+
+`score_tasks` is what training calls on its validation split; `evaluate` does the same for saved
+checkpoints and prints one table.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from distill import checkpoints, data, decode, metrics, partitioning, t5
+from distill import vocabulary as vocabulary_lib
+
+# The published code decodes 64 tokens; an answer is far shorter.
+MAX_DECODE_LENGTH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One task's result.
+
+    Attributes:
+      task: name of the SeqIO task.
+      split: `validation` or `test`.
+      n: examples.
+      metrics: by name; `accuracy` is a fraction in [0, 1].
+      predictions: one JSON-ready dict per example.
+    """
+
+    task: str
+    split: str
+    n: int
+    metrics: dict[str, float]
+    predictions: list[dict[str, str]]
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, binomial: sqrt(p (1 - p) / n)."""
+        return metrics.standard_error(self.metrics.get("accuracy", math.nan), self.n)
+
+
+def metric_function(name: str):
+    """The metric of a name as the cache holds it: `module.function`.
+
+    Metrics of `distill.metrics` need no TensorFlow; others import the module that defines them.
+
+    Raises:
+      ValueError: there is no such function.
+    """
+    module, _, function = name.rpartition(".")
+    if module == metrics.__name__ and function in metrics.METRICS:
+        return metrics.METRICS[function]
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(
+            f"Metric {name!r} cannot be imported: define metric_fns as functions of a module."
+        ) from e
+
+
+def predict(
+    params: Any,
+    net: t5.T5,
+    inputs: list[np.ndarray],
+    vocabulary: vocabulary_lib.Vocabulary,
+    mesh,
+    *,
+    batch_size: int = 64,
+    max_length: int = MAX_DECODE_LENGTH,
+) -> list[str]:
+    """Greedy answers, in the order of the inputs.
+
+    Args:
+      params: the model's parameters, on the mesh.
+      net: the network.
+      inputs: token ids of each input.
+      vocabulary: turns ids into text.
+      mesh: from `partitioning.make_mesh`.
+      batch_size: rows decoded together; rounded up to a multiple of the batch shards.
+      max_length: tokens per answer at most.
+    """
+    shards = partitioning.batch_shards(mesh)
+    batch_size = -(-batch_size // shards) * shards
+    lengths = np.array([len(x) for x in inputs])
+    answers = [""] * len(inputs)
+    for rows, padded in decode.length_buckets(lengths, batch_size):
+        tokens = np.zeros((batch_size, padded), np.int32)
+        for r, index in enumerate(rows):
+            tokens[r, : lengths[index]] = inputs[index]
+        tokens = partitioning.shard_batch(mesh, {"tokens": tokens})["tokens"]
+        output = jax.device_get(decode.greedy(params, tokens, model=net, max_length=max_length))
+        for r, index in enumerate(rows):
+            answers[index] = vocabulary.decode(output[r].tolist())
+    return answers
+
+
+def score_tasks(
+    params: Any,
+    net: t5.T5,
+    corpus: data.Corpus,
+    vocabulary: vocabulary_lib.Vocabulary,
+    mesh,
+    *,
+    num_examples: int | None = None,
+    batch_size: int = 64,
+) -> list[Score]:
+    """Scores each task of the corpus that has metrics (an `explain` task has none).
+
+    Args:
+      params: the model's parameters, on the mesh.
+      net: the network.
+      corpus: the rows of a split.
+      vocabulary: the one that the corpus was tokenised with.
+      mesh: from `partitioning.make_mesh`.
+      num_examples: only the first so many of each task.
+      batch_size: see `predict`.
+    """
+    scores = []
+    for task in corpus.tasks:
+        n = min(len(task), num_examples or len(task))
+        if not task.metrics or not n:
+            continue
+        limit = data.MAX_LENGTHS["inputs"]
+        inputs = [data.truncate(task.inputs[i], limit) for i in range(n)]
+        answers = predict(params, net, inputs, vocabulary, mesh, batch_size=batch_size)
+        values: dict[str, float] = {}
+        for name in task.metrics:
+            values |= metric_function(name)(task.labels[:n], answers)
+        predictions = [
+            {
+                "example_id": task.example_ids[i],
+                "input": task.texts[i],
+                "label": task.labels[i],
+                "prediction": answers[i],
+            }
+            for i in range(n)
+        ]
+        scores.append(Score(task.name, corpus.split, n, values, predictions))
+    return scores
+
+
+def table(rows: list[tuple[str, Score]]) -> str:
+    """One line per (checkpoint, score), in columns."""
+    header = ("checkpoint", "task", "split", "n", "accuracy", "std. error")
+    lines = [header]
+    for name, s in rows:
+        accuracy = s.metrics.get("accuracy", math.nan)
+        lines.append(
+            (name, s.task, s.split, str(s.n), f"{accuracy:.4f}", f"{s.standard_error:.4f}")
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate on what.
+
+    Attributes:
+      checkpoint_path: a MODEL_DIR, or one of its checkpoint folders.
+      mixture_or_task_name: None = the mixture that the checkpoint was trained on.
+      mixture_or_task_module: the module whose import registers it.
+      split: `validation` or `test`.
+      restore_mode: of a MODEL_DIR `latest` or `all` checkpoints; `specific` demands one folder.
+      eval_output_dir: where predictions and metrics go; None = `inference_eval` in MODEL_DIR.
+      num_examples: only the first so many of each task.
+      batch_size: rows decoded together.
+      data_dir: see `data.DataConfig`.
+      vocabulary: None = the one that the checkpoint was trained with.
+      cache_dir: see `data.DataConfig`.
+    """
+
+    checkpoint_path: str
+    mixture_or_task_name: str | None = None
+    mixture_or_task_module: str = "tasks"
+    split: str = "test"
+    restore_mode: str = "latest"
+    eval_output_dir: str | None = None
+    num_examples: int | None = None
+    batch_size: int = 64
+    data_dir: str | None = None
+    vocabulary: str | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self):
+        if self.restore_mode not in ("latest", "all", "specific"):
+            raise ValueError(
+                f"EvaluateConfig.restore_mode must be 'latest', 'all' or 'specific', not "
+                f"{self.restore_mode!r}."
+            )
+        for field in ("num_examples", "batch_size"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"EvaluateConfig.{field} must be positive, not {value!r}.")
+
+
+def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
+    """Scores checkpoints on a mixture's tasks, writes the predictions and prints a table.
+
+    Files, in `eval_output_dir`: `<task>-<split>-metrics.jsonl` (one line a checkpoint) and
+    `<task>-<split>-<step>.jsonl` (one line an example).
+
+    Returns:
+      (checkpoint folder's name, score) in the order of the table.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ValueError: a checkpoint is damaged, or the vocabulary is not the student's.
+    """
+    path = epath.Path(config.checkpoint_path).expanduser()
+    folders = checkpoints.list_checkpoints(path)
+    if not folders:
+        raise FileNotFoundError(
+            f"No checkpoint in {path}: give a MODEL_DIR or a checkpoint_<step> folder "
+            "(--gin.CHECKPOINT_PATH=...)."
+        )
+    single = folders[0] == path
+    if config.restore_mode == "specific" and not single:
+        raise ValueError(f"restore_mode='specific' needs one checkpoint folder, not {path}.")
+    if config.restore_mode != "all":
+        folders = folders[-1:]
+    model_dir = path.parent if single else path
+    output = epath.Path(config.eval_output_dir or model_dir / "inference_eval").expanduser()
+
+    mesh = partitioning.make_mesh(partitioning.MeshConfig())
+    results: list[tuple[str, Score]] = []
+    for folder in folders:
+        metadata = checkpoints.read_metadata(folder)
+        corpus, vocabulary = _corpus(config, metadata)
+        net = t5.T5(t5.T5Config(**metadata["model"]), partitioning.activation_constraint(mesh))
+        params, _ = checkpoints.restore(folder, abstract_params(net, mesh), subtree="params")
+        scores = score_tasks(
+            params, net, corpus, vocabulary, mesh,
+            num_examples=config.num_examples, batch_size=config.batch_size,
+        )  # fmt: skip
+        if not scores:
+            raise ValueError(f"No task of {corpus.name!r} has a metric, so there is no accuracy.")
+        for score in scores:
+            results.append((folder.name, score))
+            write_score(output, score, metadata["step"])
+    print(table(results))
+    logging.info("Predictions and metrics are in %s", output)
+    return results
+
+
+def write_score(folder: epath.Path, score: Score, step: int) -> None:
+    """Appends to `<task>-<split>-metrics.jsonl` and writes `<task>-<split>-<step>.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    line = {"step": step, "n": score.n, **score.metrics, "standard_error": score.standard_error}
+    # Read and write instead of append: object stores have no append.
+    path = folder / f"{score.task}-{score.split}-metrics.jsonl"
+    kept = path.read_text().splitlines() if path.exists() else []
+    kept = [old for old in kept if json.loads(old)["step"] != step]
+    path.write_text("\n".join([*kept, json.dumps(line)]) + "\n")
+    (folder / f"{score.task}-{score.split}-{step}.jsonl").write_text(
+        "".join(json.dumps(p) + "\n" for p in score.predictions)
+    )
+
+
+def abstract_params(net: t5.T5, mesh) -> Any:
+    """Shapes and shardings of the parameters, to restore into."""
+    shapes = t5.param_shapes(net.config)
+    shardings = partitioning.param_shardings(mesh, shapes, t5.param_axes(net.config))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _corpus(config: EvaluateConfig, metadata: dict):
+    """The rows to score a checkpoint on, in the student's own vocabulary."""
+    data_config = data.DataConfig(
+        mixture_or_task_name=config.mixture_or_task_name or metadata["mixture"],
+        mixture_or_task_module=config.mixture_or_task_module,
+        data_dir=config.data_dir or metadata["data_dir"],
+        vocabulary=config.vocabulary or metadata["vocabulary"],
+        cache_dir=config.cache_dir,
+    )
+    vocabulary = vocabulary_lib.load(data_config.vocabulary)
+    if vocabulary.fingerprint != metadata["data"]["vocabulary"]:
+        raise ValueError(
+            f"The vocabulary {data_config.vocabulary!r} is not the one that the student was "
+            f"trained with ({metadata['vocabulary']!r}); its answers would be noise. Set "
+            "--gin.VOCABULARY to the original file."
+        )
+    return data.load(data_config, config.split), vocabulary

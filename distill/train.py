@@ -1,0 +1,729 @@
+"""Training: the state, one step, and the loop.
+
+A step takes four hops: `train` -> the jitted `train_step` -> the objective -> the model. Data comes
+from `data.TrainBatches`, checkpoints go to `checkpoints.Checkpointer`, and a run that is started
+again in the same MODEL_DIR goes on where its newest checkpoint ends.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from distill import checkpoints, convert, evaluate, objectives, optim, partitioning, t5
+from distill import data as data_lib
+from distill import vocabulary as vocabulary_lib
+
+# More padded tokens than this at once gain nothing on a CPU and cost memory.
+CPU_TOKENS_PER_MICROBATCH = 8192
+# After this many updates in a row that were skipped as not finite the run stops.
+MAX_SKIPPED = 10
+# The supervisor's sign for "preempted, start me again" (EX_TEMPFAIL of sysexits.h).
+EXIT_PREEMPTED = 75
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what to write when.
+
+    Attributes:
+      model_dir: for checkpoints, metrics and the configuration; local or gs://.
+      train_steps: the global step to stop at, T5X's meaning: it counts from the initial checkpoint.
+      train_steps_relative: updates to make in this run instead.
+      initial_checkpoint_path: a MODEL_DIR or checkpoint of ours, or a T5X checkpoint folder, to
+        start from. A checkpoint in model_dir goes before it.
+      eval_period: updates between evaluations on the validation split.
+      eval_steps: batches of the teacher-forced validation loss.
+      evaluator_num_examples: examples decoded per task and evaluation; None = all.
+      checkpoint_period: updates between checkpoints; the last step always has one.
+      checkpoints_to_keep: newest ones kept, beside the best on validation; None = all.
+      stats_period: updates between two lines of training metrics; None = a hundred in a run, at
+        most every 50.
+      num_microbatches: parts whose gradients are added up, exact whatever their sizes; None = 1,
+        on a CPU as many as keep a part at 8,192 tokens.
+      random_seed: of initialisation and dropout.
+      json_write_n_results: predictions written per task and evaluation; None = all.
+      allow_changed_data: go on although the data is not what the checkpoint was trained on.
+    """
+
+    model_dir: str
+    train_steps: int | None = 10_000
+    train_steps_relative: int | None = None
+    initial_checkpoint_path: str | None = None
+    eval_period: int = 1000
+    eval_steps: int = 20
+    evaluator_num_examples: int | None = None
+    checkpoint_period: int = 1000
+    checkpoints_to_keep: int | None = 3
+    stats_period: int | None = None
+    num_microbatches: int | None = None
+    random_seed: int = 0
+    json_write_n_results: int | None = None
+    allow_changed_data: bool = False
+
+    def __post_init__(self):
+        if not self.model_dir:
+            raise ValueError("MODEL_DIR is empty: name the folder for checkpoints and metrics.")
+        if self.train_steps is None and self.train_steps_relative is None:
+            raise ValueError("Set TRAIN_STEPS (global step to stop at) or TRAIN_STEPS_RELATIVE.")
+        for field in (
+            "train_steps", "train_steps_relative", "eval_period", "eval_steps",
+            "evaluator_num_examples", "checkpoint_period", "checkpoints_to_keep", "stats_period",
+            "num_microbatches",
+        ):  # fmt: skip
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"TrainConfig.{field} must be a positive integer, not {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+      step: global step.
+      examples: pairs trained on, repeats counted.
+      tokens: real tokens trained on, inputs and targets together, repeats counted.
+      scores: of the last evaluation: the validation split, and the test split where there is one.
+    """
+
+    step: int
+    examples: int
+    tokens: int
+    scores: list[evaluate.Score]
+
+
+# --- One step --------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["step", "params", "opt_state"], meta_fields=[])  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training changes.
+
+    Attributes:
+      step: global step, int32 scalar.
+      params: the model's parameters, float32.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def make_forward(net: t5.T5, params: Any, rng: jax.Array | None = None) -> objectives.Forward:
+    """Closes over parameters and, where dropout is wanted, an rng."""
+    variables = {"params": params}
+    rngs = None if rng is None else {"dropout": rng}
+    return objectives.Forward(
+        states=lambda batch: net.apply(variables, batch, rngs=rngs, method="states"),
+        unembed=lambda states: net.apply(variables, states, method="unembed"),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    rng: jax.Array,
+    *,
+    net: t5.T5,
+    objective: objectives.Objective,
+    tx: optax.GradientTransformation,
+    num_microbatches: int = 1,
+    batch_shards: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update.
+
+    The tokens of each loss group are counted over the whole batch first, so the losses and the
+    gradients of micro-batches add up to those of the batch, however uneven they are. An update
+    whose loss or gradient is not finite leaves the state as it is, but for the step.
+
+    Args:
+      state: before the update.
+      batch: int32 [rows, length] arrays under T5X's batch keys and `decoder_loss_groups`.
+      rng: the run's key; dropout folds the step into it.
+      net: the network.
+      objective: what to minimise.
+      tx: the optimizer.
+      num_microbatches: parts to compute one after the other.
+      batch_shards: devices that share the rows; each part takes its rows from all of them.
+
+    Returns:
+      The new state, and the scalars of `objectives.summarize` with `grad_norm` and `skipped`
+      (1.0 where the update was not finite).
+    """
+    counts = objectives.group_counts(batch)
+    rng = jax.random.fold_in(rng, state.step)
+
+    def loss_and_sums(params, part, key):
+        dropout = key if net.config.dropout_rate else None
+        return objective(make_forward(net, params, dropout), part, counts)
+
+    grad_fn = jax.value_and_grad(loss_and_sums, has_aux=True)
+    if num_microbatches == 1:
+        (loss, sums), grads = grad_fn(state.params, batch, rng)
+    else:
+        parts = jax.tree.map(lambda x: _split_rows(x, num_microbatches, batch_shards), batch)
+        shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts), rng)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def accumulate(total, number_and_part):
+            number, part = number_and_part
+            value = grad_fn(state.params, part, jax.random.fold_in(rng, number))
+            return jax.tree.map(jnp.add, total, value), None
+
+        numbers = jnp.arange(num_microbatches)
+        ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, (numbers, parts))
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state), (state.params, state.opt_state),
+    )  # fmt: skip
+    scalars = objectives.summarize(objective, sums, counts)
+    scalars |= {"grad_norm": grad_norm, "skipped": 1.0 - finite}
+    return TrainState(state.step + 1, params, opt_state), scalars
+
+
+def _split_rows(x: jax.Array, parts: int, shards: int) -> jax.Array:
+    """[rows, ...] -> [parts, rows / parts, ...]; each part holds rows of every shard."""
+    x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(parts, -1, *x.shape[3:])
+
+
+def eval_step(params, batch, *, net: t5.T5, objective: objectives.Objective):
+    """Sums and counts of a batch without dropout, to be added up over batches."""
+    counts = objectives.group_counts(batch)
+    _, sums = objective(make_forward(net, params), batch, counts)
+    return sums, counts
+
+
+# --- The run ---------------------------------------------------------------------------------------
+
+
+def train(
+    *,
+    config: TrainConfig,
+    model: t5.T5Config,
+    objective: objectives.Objective,
+    optimizer: optim.Optimizer,
+    data: data_lib.DataConfig,
+    mesh: partitioning.MeshConfig | None = None,
+) -> TrainResult:
+    """Trains a student; goes on from the newest checkpoint in `config.model_dir`.
+
+    Args:
+      config: how long, and what to write when.
+      model: the student's size.
+      objective: what to minimise.
+      optimizer: Adafactor or AdamW.
+      data: what to train on.
+      mesh: how to use the devices; None = all of them for data.
+
+    Raises:
+      ValueError: a setting does not fit the data, the vocabulary, the mesh or the checkpoint.
+      FileNotFoundError: data or a checkpoint is missing.
+      FloatingPointError: the updates of 10 steps in a row were not finite.
+    """
+    started = time.monotonic()
+    devices = partitioning.make_mesh(mesh or partitioning.MeshConfig())
+    shards = partitioning.batch_shards(devices)
+
+    # 1. Data, all splits, so that what is missing is known before anything is computed.
+    corpus = data_lib.load(data, "train")
+    objective.check_groups(corpus.loss_groups, corpus.name)
+    vocabulary = vocabulary_lib.load(data.vocabulary)
+    if vocabulary.size > model.vocab_size:
+        raise ValueError(
+            f"The vocabulary {data.vocabulary!r} has {vocabulary.size} ids, the model only "
+            f"{model.vocab_size}: set --gin.T5Config.vocab_size={-(-vocabulary.size // 128) * 128}."
+        )
+    validation, test = (_load_if_there(data, split) for split in ("validation", "test"))
+    batches = data_lib.TrainBatches(corpus, data, shards)
+    num_microbatches = config.num_microbatches or _auto_microbatches(batches)
+    batches = data_lib.TrainBatches(corpus, data, shards * num_microbatches)
+    fingerprint = batches.fingerprint(corpus)
+
+    # 2. The state: a checkpoint of this run, else the initial checkpoint, else random.
+    net = t5.T5(model, partitioning.activation_constraint(devices))
+    folder = epath.Path(config.model_dir).expanduser()
+    saver = checkpoints.Checkpointer(folder, keep=config.checkpoints_to_keep)
+    initial, base_step = _initial_params(config, saver, net, devices)
+    last_step = config.train_steps
+    if config.train_steps_relative is not None:
+        last_step = base_step + config.train_steps_relative
+    updates = last_step - base_step
+    if updates < 1:
+        raise ValueError(
+            f"TRAIN_STEPS={config.train_steps}, but {config.initial_checkpoint_path} is at step "
+            f"{base_step} already. Set TRAIN_STEPS_RELATIVE to the number of updates to make."
+        )
+    tx = optimizer.build(updates)
+    learning_rate = optimizer.learning_rate_at(updates)
+    state, progress = _initial_state(config, saver, net, tx, devices, initial, base_step)
+    del initial  # the state holds it now, and will donate it
+    if progress.data:
+        _check_same_data(progress.data, fingerprint, config)
+    start_step = int(state.step)
+
+    # 3. Programs.
+    step_fn = jax.jit(
+        functools.partial(
+            train_step, net=net, objective=objective, tx=tx,
+            num_microbatches=num_microbatches, batch_shards=shards,
+        ),
+        donate_argnums=0,
+    )  # fmt: skip
+    eval_fn = jax.jit(functools.partial(eval_step, net=net, objective=objective))
+    dropout_rng = jax.device_put(jax.random.key(config.random_seed), partitioning.replicated(devices))
+    examine = functools.partial(
+        _evaluate, config=config, net=net, objective=objective, eval_fn=eval_fn, data=data,
+        vocabulary=vocabulary, mesh=devices,
+    )  # fmt: skip
+
+    is_writer = jax.process_index() == 0
+    period = config.stats_period or max(1, min(50, updates // 100))
+    writer = MetricWriter(folder if is_writer else None)
+    if is_writer:
+        _write_model_info(folder, model)
+    print(_summary(corpus, batches, net, config, start_step, last_step, num_microbatches), flush=True)
+
+    # 4. The loop. The metrics of a step are fetched after the next one is under way.
+    def save(step: int, scores: list[evaluate.Score]) -> None:
+        accuracy = [s.metrics["accuracy"] for s in scores if "accuracy" in s.metrics]
+        metadata = {
+            "step": step,
+            "base_step": base_step,
+            **dataclasses.asdict(progress),
+            "data": fingerprint,
+            "mixture": data.mixture_or_task_name,
+            "vocabulary": data.vocabulary,
+            "data_dir": data.data_dir,
+            "model": dataclasses.asdict(model),
+            "objective": repr(objective),
+            "metrics": {f"{s.task}/{s.split}": s.metrics for s in scores},
+        }
+        tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+        metric = float(np.mean(accuracy)) if accuracy else None
+        saver.save(step, tree, metadata, metric)
+
+    scores: list[evaluate.Score] = []
+    window = _Window(period, learning_rate, base_step)
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    feed = batches.iterate(
+        data_lib.Position(**progress.position),
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    bar = tqdm(
+        total=last_step, initial=start_step, unit="step", dynamic_ncols=True,
+        disable=not (is_writer and sys.stderr.isatty()),
+    )  # fmt: skip
+    with bar, writer, saver, _preemption() as preempted:
+        for step in range(start_step + 1, last_step + 1):
+            batch = next(feed)
+            arrays = partitioning.shard_batch(devices, batch.arrays)
+            with jax.transfer_guard("disallow"):  # nothing may slip to or from the device here
+                state, scalars = step_fn(state, arrays, dropout_rng)
+            progress.advance(batch)
+            if step == start_step + 1:
+                jax.block_until_ready(scalars)
+                compiled = time.monotonic() - started
+                writer.write("train", step, {"timing/seconds_to_first_step": compiled})
+                window.restart()
+            if pending:
+                window.add(*pending)
+            pending = step, jax.tree.map(jnp.asarray, scalars)
+            window.count(batch)
+            bar.update()
+
+            is_last = step == last_step
+            stop = preempted.is_set()
+            if window.is_full or is_last or stop:
+                window.add(*pending)
+                pending = None
+                report = window.close(step, last_step)
+                writer.write("train", step, report)
+                _show(bar, step, last_step, report)
+            evaluated = (step % config.eval_period == 0 or is_last) and validation is not None
+            if evaluated and not stop:
+                scores = examine(validation, state.params, step, writer, bar)
+                window.restart()
+            if step % config.checkpoint_period == 0 or is_last or stop:
+                save(step, scores if evaluated else [])
+                window.restart()
+            if stop:
+                saver.wait()
+                logging.warning("Preempted: step %d is saved; start again to go on.", step)
+                sys.exit(EXIT_PREEMPTED)
+
+        # 5. The result.
+        saver.wait()
+        if not scores and validation is not None:  # a run that was complete when it was started
+            scores = examine(validation, state.params, last_step, writer, bar)
+        if test is not None:
+            scores = scores + examine(test, state.params, last_step, writer, bar)
+    if scores and is_writer:
+        print(evaluate.table([(f"checkpoint_{last_step}", s) for s in scores]), flush=True)
+    return TrainResult(last_step, progress.examples, progress.tokens, scores)
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far the run is in its data; kept in every checkpoint.
+
+    Attributes:
+      position: `data.Position` of the next batch, as a dict.
+      examples: pairs seen.
+      tokens: real tokens seen.
+      data: fingerprint of the data that the checkpoint was trained on; empty at a fresh start.
+    """
+
+    position: dict[str, int]
+    examples: int = 0
+    tokens: int = 0
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def advance(self, batch: data_lib.Batch) -> None:
+        self.position = dataclasses.asdict(batch.next)
+        self.examples += batch.examples
+        self.tokens += batch.tokens
+
+
+def _load_if_there(config: data_lib.DataConfig, split: str) -> data_lib.Corpus | None:
+    try:
+        return data_lib.load(config, split)
+    except data_lib.NoSplitError as e:
+        logging.warning("Not evaluating on %s: %s", split, e)
+        return None
+
+
+def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
+    """1 on accelerators; on a CPU as many as keep a part at CPU_TOKENS_PER_MICROBATCH."""
+    rows = batches.plan(0).rows
+    if jax.default_backend() != "cpu":
+        return 1
+    shards = batches.row_multiple
+    wanted = math.ceil(rows * sum(batches.capacity.values()) / CPU_TOKENS_PER_MICROBATCH / shards)
+    if batches.config.pairs_per_step is not None:  # rows can be rounded up
+        return wanted
+    return next(n for n in range(wanted, rows + 1) if rows % (n * shards) == 0 or n * shards >= rows)
+
+
+def _initial_params(
+    config: TrainConfig, saver: checkpoints.Checkpointer, net: t5.T5, mesh
+) -> tuple[Any, int]:
+    """Parameters to start from, sharded, and the global step they stand for.
+
+    A checkpoint in MODEL_DIR goes before INITIAL_CHECKPOINT_PATH, and that before random values.
+    With the first there is nothing to load yet: (None, step at which the run once began).
+    """
+    path = config.initial_checkpoint_path
+    if (newest := saver.latest()) is not None:
+        if path:
+            logging.warning(
+                "INITIAL_CHECKPOINT_PATH=%s is not used: %s has a checkpoint of this run, step %d.",
+                path, saver.folder, newest,
+            )  # fmt: skip
+        metadata = checkpoints.read_metadata(saver.folder / f"checkpoint_{newest}")
+        return None, metadata["base_step"]
+
+    abstract = evaluate.abstract_params(net, mesh)
+    if path is None:
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        init = jax.jit(lambda key: t5.init_params(net.config, key), out_shardings=shardings)
+        return init(jax.random.key(config.random_seed)), 0
+    folder = epath.Path(path).expanduser()
+    if convert.is_t5x(folder):
+        flat, step = convert.read_t5x(folder)
+        params = convert.from_t5x(flat)
+        convert.require_fit(folder, params, abstract)
+        return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, abstract), step
+    found = checkpoints.list_checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(f"INITIAL_CHECKPOINT_PATH={path} holds no checkpoint.")
+    params, metadata = checkpoints.restore(found[-1], abstract, subtree="params")
+    return params, metadata["step"]
+
+
+def _initial_state(
+    config: TrainConfig,
+    saver: checkpoints.Checkpointer,
+    net: t5.T5,
+    tx: optax.GradientTransformation,
+    mesh,
+    initial: Any,
+    base_step: int,
+) -> tuple[TrainState, _Progress]:
+    """The state to go on from, sharded, and where its data goes on."""
+    params = evaluate.abstract_params(net, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    opt_shapes = jax.eval_shape(tx.init, params)
+    opt_shardings = partitioning.optimizer_shardings(mesh, opt_shapes, params, shardings)
+    replicated = partitioning.replicated(mesh)
+    if initial is not None:
+        opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(initial)
+        step = jax.device_put(np.int32(base_step), replicated)
+        return TrainState(step, initial, opt_state), _Progress({"epoch": 0, "batch": 0})
+
+    def abstract(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    target = {
+        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+        "params": params,
+        "opt_state": jax.tree.map(abstract, opt_shapes, opt_shardings),
+    }
+    tree, metadata = saver.restore(target)
+    logging.info("Going on from %s/checkpoint_%d", saver.folder, metadata["step"])
+    kept = {field.name: metadata[field.name] for field in dataclasses.fields(_Progress)}
+    return TrainState(**tree), _Progress(**kept)
+
+
+def _check_same_data(before: dict, now: dict, config: TrainConfig) -> None:
+    """Refuses to resume on other data, which would otherwise go unnoticed."""
+    changed = [
+        f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if not changed:
+        return
+    message = (
+        f"The checkpoint in {config.model_dir} was trained on other data or batches:\n"
+        + "\n".join(changed)
+    )
+    if not config.allow_changed_data:
+        raise ValueError(
+            f"{message}\nSet it back, choose another MODEL_DIR, or go on all the same with "
+            "--gin.TrainConfig.allow_changed_data=True (the position in the data is kept)."
+        )
+    logging.warning(message)
+
+
+@contextlib.contextmanager
+def _preemption():
+    """Yields an event that SIGTERM sets; a second SIGTERM ends the process at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals can only be handled in the main thread
+        return
+
+    def handle(signum, frame):
+        del frame
+        event.set()
+        signal.signal(signum, signal.SIG_DFL)
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+# --- What a run tells ------------------------------------------------------------------------------
+
+
+class MetricWriter:
+    """Writes scalars as TensorBoard event files and as JSON lines, one folder a kind.
+
+    `<kind>/events.out.tfevents.*` and `<kind>/metrics.jsonl` under the model folder.
+    """
+
+    def __init__(self, folder: epath.Path | None):
+        """folder: MODEL_DIR; None writes nothing (all processes but one)."""
+        self._folder = folder
+        self._boards: dict[str, Any] = {}
+
+    def write(self, kind: str, step: int, scalars: dict[str, float]) -> None:
+        if self._folder is None:
+            return
+        if kind not in self._boards:
+            from tensorboardX import SummaryWriter  # no TensorFlow; 2 s to import
+
+            (self._folder / kind).mkdir(parents=True, exist_ok=True)
+            self._boards[kind] = SummaryWriter(str(self._folder / kind))
+        for name, value in scalars.items():
+            self._boards[kind].add_scalar(name, value, step)
+        # NaN is not JSON; null says the same.
+        finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+        with (self._folder / kind / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for board in self._boards.values():
+            board.close()
+
+
+class _Window:
+    """Means over the steps since the last report, and the speed over them."""
+
+    def __init__(self, period: int, learning_rate, base_step: int):
+        self._period, self._learning_rate, self._base_step = period, learning_rate, base_step
+        self._skipped_in_a_row = 0
+        self._scalars: list[dict[str, float]] = []
+        self._seconds = self._tokens = self._examples = self._rows = self._steps = 0
+        self.restart()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._scalars) + 1 >= self._period  # one is pending
+
+    def restart(self) -> None:
+        """Starts the clock again after something that is not training."""
+        self._clock = time.monotonic()
+
+    def count(self, batch: data_lib.Batch) -> None:
+        now = time.monotonic()
+        self._seconds += now - self._clock
+        self._clock = now
+        self._steps += 1
+        self._tokens += batch.tokens
+        self._examples += batch.examples
+        self._rows += len(batch.arrays["encoder_input_tokens"])
+
+    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
+        """Takes in the metrics of a step; raises FloatingPointError after MAX_SKIPPED bad ones."""
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        self._scalars.append(values)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["skipped"] else 0
+        if values["skipped"]:
+            logging.warning("Step %d skipped: loss or gradient is not finite.", step)
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"The updates of {MAX_SKIPPED} steps in a row, up to step {step}, were not finite "
+                "and were skipped. Lower the learning rate, or look at the data of these steps; "
+                "the newest checkpoint is good."
+            )
+
+    def close(self, step: int, last_step: int) -> dict[str, float]:
+        names = self._scalars[0]
+        report = {}
+        for name in names:  # a loss group may be absent from some batches: NaN there
+            values = [s[name] for s in self._scalars if math.isfinite(s[name])]
+            report[name] = float(np.mean(values)) if values else math.nan
+        report["learning_rate"] = float(self._learning_rate(step - 1 - self._base_step))
+        seconds = max(self._seconds, 1e-9)
+        report["timing/tokens_per_second"] = self._tokens / seconds
+        report["timing/seqs_per_second_per_core"] = self._rows / seconds / jax.local_device_count()
+        report["timing/eta_seconds"] = (last_step - step) * seconds / self._steps
+        report["batch/examples"] = self._examples / self._steps
+        report["batch/rows"] = self._rows / self._steps
+        report["batch/tokens"] = self._tokens / self._steps
+        self._scalars = []
+        self._seconds = self._tokens = self._examples = self._rows = self._steps = 0
+        return report
+
+
+def _show(bar: tqdm, step: int, last_step: int, report: dict[str, float]) -> None:
+    """The progress bar on a terminal; a line now and then in a log."""
+    groups = " ".join(
+        f"{name.removeprefix('cross_ent_loss/')} {value:.3f}"
+        for name, value in report.items()
+        if name.startswith("cross_ent_loss/") and math.isfinite(value)
+    )
+    speed = f"{report['timing/tokens_per_second']:,.0f} tokens/s"
+    if not bar.disable:
+        bar.set_postfix_str(f"loss {report['loss']:.3f} ({groups}), {speed}")
+    elif jax.process_index() == 0:
+        eta = time.strftime("%H:%M:%S", time.gmtime(report["timing/eta_seconds"]))
+        print(
+            f"step {step}/{last_step}  loss {report['loss']:.4f} ({groups})  {speed}  ETA {eta}",
+            flush=True,
+        )
+
+
+def _evaluate(
+    corpus: data_lib.Corpus, params, step: int, writer: MetricWriter, bar: tqdm,
+    *, config: TrainConfig, net: t5.T5, objective, eval_fn, data, vocabulary, mesh,
+) -> list[evaluate.Score]:  # fmt: skip
+    """Loss under teacher forcing, and greedy accuracy, on a split; both written and shown."""
+    scalars: dict[str, float] = {}
+    if set(corpus.loss_groups):
+        one_pass = dataclasses.replace(data, num_train_examples=None)
+        batches = data_lib.TrainBatches(corpus, one_pass, partitioning.batch_shards(mesh))
+        total = None
+        feed = batches.iterate(
+            data_lib.Position(0, 0), shuffle=False, epochs=1,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        for _, batch in zip(range(config.eval_steps), feed):
+            sums = eval_fn(params, partitioning.shard_batch(mesh, batch.arrays))
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        scalars = {
+            name: float(value) for name, value in objectives.summarize(objective, *total).items()
+        }
+        writer.write(f"training_eval/{corpus.name}/{corpus.split}", step, scalars)
+    scores = evaluate.score_tasks(
+        params, net, corpus, vocabulary, mesh, num_examples=config.evaluator_num_examples
+    )
+    for score in scores:
+        writer.write(f"inference_eval/{score.task}/{score.split}", step, score.metrics)
+        if jax.process_index() == 0:
+            kept = dataclasses.replace(
+                score, predictions=score.predictions[: config.json_write_n_results]
+            )
+            folder = epath.Path(config.model_dir).expanduser() / "inference_eval"
+            evaluate.write_score(folder, kept, step)
+            bar.write(
+                f"step {step}  {score.task}, {score.split}: accuracy "
+                f"{score.metrics.get('accuracy', math.nan):.4f} +- {score.standard_error:.4f} "
+                f"(n = {score.n}), loss {scalars.get('loss', math.nan):.4f}"
+            )
+    return scores
+
+
+def _summary(corpus, batches, net, config, start, last, num_microbatches) -> str:
+    """What is about to run, in a few lines."""
+    plan = batches.plan(0)
+    per_step = np.mean(plan.examples)
+    tokens = np.mean([batches.tokens(rows) for rows in plan.batches])
+    room = plan.rows * sum(batches.capacity.values())
+    cut = {name: n for name, n in batches.truncated.items() if n}
+    return "\n".join(
+        [
+            f"{corpus.name}: {batches.num_pairs:,} examples, {batches.num_sequences:,} sequences"
+            + (f", cut to fit: {cut}" if cut else ""),
+            f"student: {t5.param_count(net.config):,} parameters, {net.config.compute_dtype}",
+            f"a step: {per_step:.1f} examples in {plan.rows} rows of "
+            f"{batches.capacity['inputs']} + {batches.capacity['targets']} tokens, "
+            f"{tokens:,.0f} real ({1 - tokens / room:.0%} padding), "
+            f"{num_microbatches} micro-batch{'es' if num_microbatches > 1 else ''}",
+            f"steps {start} to {last} in {config.model_dir} on {jax.device_count()} "
+            f"{jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}",
+        ]
+    )
+
+
+def _write_model_info(folder: epath.Path, model: t5.T5Config) -> None:
+    """`model-info.txt`: every parameter's shape and logical axes, and their number."""
+    shapes = jax.tree_util.tree_leaves_with_path(t5.param_shapes(model))
+    axes = jax.tree.leaves(t5.param_axes(model), is_leaf=lambda x: isinstance(x, tuple))
+    lines = [
+        f"{partitioning.path_name(path):70s} {str(x.shape):24s} {names}"
+        for (path, x), names in zip(shapes, axes)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines.append(f"Total: {t5.param_count(model):,} parameters")
+    (folder / "model-info.txt").write_text("\n".join(lines) + "\n")
