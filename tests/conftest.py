@@ -1,0 +1,56 @@
+"""Set-up of all tests: 8 CPU devices, strict ranks, and what may be skipped."""
+
+import os
+import pathlib
+
+# Before anything imports jax, also in pytest-xdist's workers.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# TensorFlow's start-up notes.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow") or "slow" in (config.getoption("-m") or ""):
+        return
+    kept = [item for item in items if "slow" not in item.keywords]
+    left_out = [item for item in items if "slow" in item.keywords]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With DISTILL_REQUIRE_PARITY=1 a skipped parity or topology test has failed."""
+    report = yield
+    required = os.environ.get("DISTILL_REQUIRE_PARITY", "0") not in ("", "0")
+    marked = "parity" in item.keywords or "topology" in item.keywords
+    if report.skipped and required and marked and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} must run under DISTILL_REQUIRE_PARITY=1, but: {reason}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of shared datasets and fixtures ($DISTILL_SHARED, else ../shared)."""
+    given = os.environ.get("DISTILL_SHARED")
+    path = pathlib.Path(given) if given else ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"no shared folder at {path}; DISTILL_SHARED names another")
+    return path
