@@ -222,9 +222,7 @@ class Checkpointer:
         steps = self.steps()
         return steps[-1] if steps else None
 
-    def restore(
-        self, target: PyTree, step: int | None = None
-    ) -> tuple[PyTree, dict[str, Any]]:
+    def restore(self, target: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Verifies and reads one checkpoint.
 
         Args:

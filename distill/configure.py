@@ -918,17 +918,15 @@ def _export_data_folders(values: flags.FlagValues) -> None:
         os.environ["DISTILL_SEQIO_CACHE_DIRS"] = ",".join(folders)
 
 
-def execute(fn: Callable[..., Any], argv: Sequence[str]) -> None:
-    """Parses `argv`, resolves the configuration and calls `fn`. Errors pass through."""
+def execute(fn: Callable[..., Any], argv: Sequence[str]) -> Any:
+    """Parses `argv`, resolves the configuration and calls `fn`. Errors pass through.
+
+    Returns:
+        What `fn` returned; None where --dry_run left it uncalled.
+    """
     global _operative
     values = parse_argv(argv)
-    _operative = resolve(
-        fn,
-        values.gin_file,
-        values.gin_bindings,
-        search_paths=values.gin_search_paths,
-        allow_imports=values.gin_allow_import,
-    )
+    _operative = _resolve_flags(fn, values)
     for path in _operative.files:
         logging.info("gin file: %s", path)
     if not values.dry_run:
@@ -937,11 +935,26 @@ def execute(fn: Callable[..., Any], argv: Sequence[str]) -> None:
     arguments = _operative.arguments()
     if values.dry_run:
         print(_operative.text(annotate=True))
-        return
+        return None
     model_dir = getattr(arguments.get("config"), "model_dir", None)
     if model_dir:
         _write_config(model_dir, _operative.text())
-    fn(**arguments)
+    return fn(**arguments)
+
+
+def resolved_arguments(fn: Callable[..., Any], argv: Sequence[str]) -> dict[str, Any]:
+    """What `execute` would call `fn` with."""
+    return _resolve_flags(fn, parse_argv(argv)).arguments()
+
+
+def _resolve_flags(fn: Callable[..., Any], values: flags.FlagValues) -> Resolved:
+    return resolve(
+        fn,
+        values.gin_file,
+        values.gin_bindings,
+        search_paths=values.gin_search_paths,
+        allow_imports=values.gin_allow_import,
+    )
 
 
 def _write_config(model_dir: str, text: str) -> None:
@@ -973,10 +986,20 @@ def _worth_showing(record: Any) -> bool:
 
 
 def run(fn: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0, 2 for a user's error (message only), else what `fn` raises.
+    """Runs a command whose arguments come from gin, as `run_main` does.
 
     Args:
-        fn: For example `train.train`; its arguments come from gin.
+        fn: For example `train.train`.
+        argv: The command line; `sys.argv` by default.
+    """
+    run_main(lambda argv: execute(fn, argv), argv)
+
+
+def run_main(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0, 2 for a user's error (message only), else what `main` raises.
+
+    Args:
+        main: Takes the command line.
         argv: The command line; `sys.argv` by default.
     """
     argv = list(sys.argv if argv is None else argv)
@@ -988,7 +1011,7 @@ def run(fn: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     # absl hides INFO by default, where a run says what it does.
     flags.FLAGS.set_default("verbosity", logging.INFO)
     try:
-        execute(fn, argv)
+        main(argv)
     except (ValueError, FileNotFoundError) as error:
         wants = os.environ.get("DISTILL_TRACEBACK") or logging.get_verbosity() > logging.INFO
         if wants:

@@ -307,9 +307,7 @@ def _open_zarr(folder: epath.Path, name: str) -> Any:
     return ts.open(spec, open=True, read=True)
 
 
-def _read_zarr(
-    folder: epath.Path, name: str, leaf: Mapping[str, Any], opened: Any
-) -> np.ndarray:
+def _read_zarr(folder: epath.Path, name: str, leaf: Mapping[str, Any], opened: Any) -> np.ndarray:
     try:
         store = opened.result()
         shape = tuple(leaf["metadata"]["shape"])

@@ -9,9 +9,9 @@ A mixture's rows are tokenised once. The cache's manifest holds the hashes of al
 so a fresh cache is recognised, and training starts, without importing SeqIO and TensorFlow.
 
 The sequences that share an `example_id` (the `predict` and the `explain` sequence of an example)
-are one *pair*: they are always in the same batch, as in Hsieh et al. 2023, though not necessarily in
-the same packed row. A plan (which sequence lies in which row of which batch) is a pure function of
-(rows, config, epoch); to resume is to name an epoch and a batch, on any number of hosts.
+are one *pair*: they are always in the same batch, as in Hsieh et al. 2023, though not necessarily
+in the same packed row. A plan (which sequence lies in which row of which batch) is a pure function
+of (rows, config, epoch); to resume is to name an epoch and a batch, on any number of hosts.
 """
 
 import collections
@@ -307,7 +307,7 @@ def _read(folder: pathlib.Path) -> Corpus:
     return Corpus(manifest["mixture"], manifest["split"], tasks, manifest["fingerprint"])
 
 
-# --- The plan: which sequence lies in which row of which batch -------------------------------------
+# --- The plan: which sequence lies in which row of which batch ------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -156,7 +156,8 @@ def table(rows: list[tuple[str, Score]]) -> str:
             (name, s.task, s.split, str(s.n), f"{accuracy:.4f}", f"{s.standard_error:.4f}")
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 @dataclasses.dataclass(frozen=True)

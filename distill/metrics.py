@@ -17,8 +17,12 @@ _CHARACTERS = frozenset("0123456789.+-*/() ")
 _MAX_CHARACTERS = 200
 _MAX_NODES = 100
 _MAX_VALUE = 1e15
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv}
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def equation_value(text: str) -> float | None:
@@ -102,8 +106,10 @@ def standard_error(p: float, n: int) -> float:
 
 def _check_aligned(targets: Sequence[str], predictions: Sequence[str]) -> None:
     if len(targets) != len(predictions) or not targets:
-        raise ValueError(f"{len(targets)} targets and {len(predictions)} predictions: a metric "
-                         "needs one prediction for each target, and at least one")
+        raise ValueError(
+            f"{len(targets)} targets and {len(predictions)} predictions: a metric "
+            "needs one prediction for each target, and at least one"
+        )
 
 
 # By name, so that an evaluation without TensorFlow finds a task's metrics from the cache.

@@ -5,8 +5,8 @@ the *global* batch,
 
     L = sum_g w_g * (sum of cross entropy over the tokens of g) / N_g
 
-`Standard` has one group with weight 1. `StepByStep(alpha)` has w = (alpha, 1 - alpha) for labels and
-rationales, the loss of Hsieh et al. 2023 (arXiv 2305.02301, eq. 3). Because the N_g are counted
+`Standard` has one group with weight 1. `StepByStep(alpha)` has w = (alpha, 1 - alpha) for labels
+and rationales, the loss of Hsieh et al. 2023 (arXiv 2305.02301, eq. 3). Because the N_g are counted
 before anything is divided, the value does not depend on packing, on the number of micro-batches or
 on the shape of the mesh: losses of micro-batches *add up* to the loss of the batch.
 
@@ -116,8 +116,8 @@ class StepByStep:
         missing = [name for g, name in enumerate(LOSS_GROUPS) if g not in groups]
         if missing:
             raise ValueError(
-                f"{mixture!r} has no {' and no '.join(missing)} targets, which objective StepByStep "
-                "needs. Use a <name>_step_by_step mixture, or --gin_file=finetune.gin "
+                f"{mixture!r} has no {' and no '.join(missing)} targets, which StepByStep needs. "
+                " Use a <name>_step_by_step mixture, or --gin_file=finetune.gin "
                 "(OBJECTIVE = @objectives.Standard()) for a task with one stream."
             )
 
@@ -133,7 +133,8 @@ def _check(objective: Objective) -> None:
         raise ValueError(f"z_loss must be >= 0, not {objective.z_loss!r} (Z_LOSS).")
     if not 0 <= objective.label_smoothing < 1:
         raise ValueError(
-            f"label_smoothing must be in [0, 1), not {objective.label_smoothing!r} (LABEL_SMOOTHING)."
+            "label_smoothing (LABEL_SMOOTHING) must be in [0, 1), not "
+            f"{objective.label_smoothing!r}."
         )
 
 

@@ -25,8 +25,8 @@ def schedule(kind: str, learning_rate: float, warmup_steps: int, total_steps: in
       An optax schedule.
     """
     if kind == "rsqrt":
-        return lambda n: learning_rate * jax.lax.rsqrt(
-            jax.numpy.maximum(1.0 * n, max(warmup_steps, 1.0))
+        return lambda n: (
+            learning_rate * jax.lax.rsqrt(jax.numpy.maximum(1.0 * n, max(warmup_steps, 1.0)))
         )
     if kind == "linear":
         decay = optax.linear_schedule(learning_rate, 0.0, max(total_steps - warmup_steps, 1))

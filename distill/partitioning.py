@@ -62,7 +62,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         raise ValueError(
             f"A mesh of {sizes} needs "
             f"{'a multiple of ' if -1 in sizes.values() else ''}{fixed} devices; there are "
-            f"{len(devices)}. Set --gin.MeshConfig.data / fsdp / tensor so that they multiply to it."
+            f"{len(devices)}. Set --gin.MeshConfig.data / fsdp / tensor to match."
         )
     shape = tuple(len(devices) // fixed if s == -1 else s for s in sizes.values())
     # Auto: under Explicit axes, the default of make_mesh, most linen layers fail.
@@ -102,7 +102,7 @@ def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     """
 
     def one(path, shape, names):
-        for size, name, mesh_axes in zip(shape.shape, names, _mesh_axes(names)):
+        for size, name, mesh_axes in zip(shape.shape, names, _mesh_axes(names), strict=True):
             if size % _shards(mesh, mesh_axes):
                 raise ValueError(
                     f"Parameter {path_name(path)} has axis {name!r} of size {size}, which does not "
@@ -135,7 +135,7 @@ def optimizer_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any)
     by_path = {
         path_name(path): (leaf.shape, sharding.spec)
         for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings)
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
         )
     }
 

@@ -67,16 +67,19 @@ def bind(data_dir: str | None = None, vocabulary: str | None = None) -> None:
         raise ValueError(_already("data folder", "DATA_DIR", _data_dir, new_dir))
     if _vocabulary is None:
         _vocabulary = vocabulary_lib.load(
-            vocabulary or os.environ.get("DISTILL_VOCABULARY") or vocabulary_lib.BYTES)
+            vocabulary or os.environ.get("DISTILL_VOCABULARY") or vocabulary_lib.BYTES
+        )
     elif vocabulary and vocabulary != _vocabulary.spec:
         raise ValueError(_already("vocabulary", "VOCABULARY", _vocabulary.spec, vocabulary))
     _data_dir = _data_dir or new_dir
 
 
 def _already(what: str, macro: str, old: str, new: str) -> str:
-    return (f"the {what} is already {old!r} and cannot become {new!r}: it is fixed once tasks are "
-            f"registered or read. Set it before, with --gin.{macro}=... or DISTILL_{macro}, or "
-            "use another process")
+    return (
+        f"the {what} is already {old!r} and cannot become {new!r}: it is fixed once tasks are "
+        f"registered or read. Set it before, with --gin.{macro}=... or DISTILL_{macro}, or "
+        "use another process"
+    )
 
 
 def data_dir() -> str | None:
@@ -94,7 +97,8 @@ def vocabulary() -> vocabulary_lib.Vocabulary:
     global _vocabulary
     if _vocabulary is None:
         _vocabulary = vocabulary_lib.load(
-            os.environ.get("DISTILL_VOCABULARY") or vocabulary_lib.BYTES)
+            os.environ.get("DISTILL_VOCABULARY") or vocabulary_lib.BYTES
+        )
     return _vocabulary
 
 
@@ -174,8 +178,9 @@ class SourceReport:
     teacher_accuracy: float | None
 
 
-def source_report(source: Source, split: str,
-                  metric_fn: metrics.MetricFn = metrics.label_accuracy) -> SourceReport:
+def source_report(
+    source: Source, split: str, metric_fn: metrics.MetricFn = metrics.label_accuracy
+) -> SourceReport:
     """Returns the numbers of one split of any source.
 
     Args:
@@ -188,14 +193,16 @@ def source_report(source: Source, split: str,
     parsed = sum(r.teacher_label is not None for r in rows)
     accuracy = None
     if parsed:
-        accuracy = metric_fn([r.label for r in rows],
-                             [r.teacher_label or "" for r in rows])["accuracy"]
+        accuracy = metric_fn([r.label for r in rows], [r.teacher_label or "" for r in rows])[
+            "accuracy"
+        ]
     return SourceReport(
         rows=len(rows),
         parsed=parsed,
         unparsed=sum(r.has_completion and r.teacher_label is None for r in rows),
         rationales=sum(r.rationale is not None for r in rows),
-        teacher_accuracy=accuracy)
+        teacher_accuracy=accuracy,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,9 +250,16 @@ class ReleasedLayout:
             rationale, teacher_label = (None, None)
             if completions is not None:
                 rationale, teacher_label = self.parse(completions[i])
-            rows.append(Row(id=f"{self.name}/{stem}/{i}", input=text, label=label,
-                            rationale=rationale or None, teacher_label=teacher_label or None,
-                            has_completion=completions is not None))
+            rows.append(
+                Row(
+                    id=f"{self.name}/{stem}/{i}",
+                    input=text,
+                    label=label,
+                    rationale=rationale or None,
+                    teacher_label=teacher_label or None,
+                    has_completion=completions is not None,
+                )
+            )
         if self.holdout and split != "test":
             order = np.random.default_rng(0).permutation(len(rows))
             cut = math.ceil(HOLDOUT * len(rows))
@@ -266,16 +280,20 @@ class ReleasedLayout:
 
     def _path(self, stem: str) -> epath.Path:
         """Returns `<data_dir>/<name>/<name>_<stem>.json`, which exists."""
-        fix = ("set the folder that holds the datasets with --gin.DATA_DIR=... or "
-               "DISTILL_DATA_DIR=...")
+        fix = (
+            "set the folder that holds the datasets with --gin.DATA_DIR=... or DISTILL_DATA_DIR=..."
+        )
         if data_dir() is None:
-            raise FileNotFoundError(f"{self.name} is read from "
-                                    f"<data folder>/{self.name}/{self.name}_{stem}.json, but no "
-                                    f"data folder is set: {fix}")
+            raise FileNotFoundError(
+                f"{self.name} is read from "
+                f"<data folder>/{self.name}/{self.name}_{stem}.json, but no "
+                f"data folder is set: {fix}"
+            )
         path = epath.Path(data_dir()) / self.name / f"{self.name}_{stem}.json"
         if not path.exists():
-            raise FileNotFoundError(f"{self.name}: no file {path} (data folder {data_dir()}): "
-                                    f"add it, or {fix}")
+            raise FileNotFoundError(
+                f"{self.name}: no file {path} (data folder {data_dir()}): add it, or {fix}"
+            )
         return path
 
     def _shards(self, stem: str) -> list[epath.Path]:
@@ -296,12 +314,15 @@ class ReleasedLayout:
             except json.JSONDecodeError as e:
                 raise ValueError(f"{path}:{number}: not valid JSON: {e}") from e
             if not isinstance(fields, dict):
-                raise ValueError(f"{path}:{number}: a row must be a JSON object, "
-                                 f"not {type(fields).__name__}")
+                raise ValueError(
+                    f"{path}:{number}: a row must be a JSON object, not {type(fields).__name__}"
+                )
             missing = [f for f in self.fields if f not in fields]
             if missing:
-                raise ValueError(f"{path}:{number}: the row lacks {', '.join(missing)}; "
-                                 f"it has {', '.join(fields)}")
+                raise ValueError(
+                    f"{path}:{number}: the row lacks {', '.join(missing)}; "
+                    f"it has {', '.join(fields)}"
+                )
             try:
                 text, label = self.example(fields)
                 if not isinstance(text, str) or not isinstance(label, str):
@@ -330,7 +351,8 @@ class ReleasedLayout:
             raise ValueError(
                 f"{self.name}: {len(completions)} completions for {rows} rows of {path}; they are "
                 f"joined by position, so the numbers must agree. Read: {', '.join(seen)}. Is a "
-                "file missing or from another version of the data?")
+                "file missing or from another version of the data?"
+            )
         return completions
 
 
@@ -350,8 +372,9 @@ _datasets: dict[str, tuple[Source, tuple[metrics.MetricFn, ...]]] = {}
 _modules: list[str] = []
 
 
-def register(name: str, *, source: Source,
-             metric_fns: Sequence[metrics.MetricFn] = (metrics.label_accuracy,)) -> None:
+def register(
+    name: str, *, source: Source, metric_fns: Sequence[metrics.MetricFn] = (metrics.label_accuracy,)
+) -> None:
     """Registers the SeqIO tasks and mixtures of one dataset.
 
     | name                        | input                 | target    | loss group |
@@ -379,27 +402,36 @@ def register(name: str, *, source: Source,
       ValueError: the name is taken.
     """
     if name in _datasets:
-        raise ValueError(f"the dataset {name!r} is already registered. A module that registers "
-                         "tasks must have one import name; another dataset needs another name")
-    features = {key: seqio.Feature(vocabulary().as_seqio(), add_eos=True, dtype=tf.int32)
-                for key in ("inputs", "targets")}
+        raise ValueError(
+            f"the dataset {name!r} is already registered. A module that registers "
+            "tasks must have one import name; another dataset needs another name"
+        )
+    features = {
+        key: seqio.Feature(vocabulary().as_seqio(), add_eos=True, dtype=tf.int32)
+        for key in ("inputs", "targets")
+    }
     for suffix in ("", "_llm"):
-        for stream, group in (("label", LABEL_GROUP), ("predict", LABEL_GROUP),
-                              ("explain", RATIONALE_GROUP)):
+        for stream, group in (
+            ("label", LABEL_GROUP),
+            ("predict", LABEL_GROUP),
+            ("explain", RATIONALE_GROUP),
+        ):
             task_name = f"{name}_{stream}{suffix}"
             seqio.TaskRegistry.add(
                 task_name,
                 source=seqio.FunctionDataSource(
-                    _dataset_fn(name, source, stream, teacher=bool(suffix)),
-                    splits=source.splits),
+                    _dataset_fn(name, source, stream, teacher=bool(suffix)), splits=source.splits
+                ),
                 preprocessors=[tokenize, seqio.preprocessors.append_eos_after_trim],
                 postprocess_fn=postprocess,
                 metric_fns=[] if stream == "explain" else list(metric_fns),
-                output_features=features)
+                output_features=features,
+            )
             _registered[task_name] = _Registered(source, group)
         seqio.MixtureRegistry.add(
             f"{name}_step_by_step{suffix}",
-            [(f"{name}_predict{suffix}", 1.0), (f"{name}_explain{suffix}", 1.0)])
+            [(f"{name}_predict{suffix}", 1.0), (f"{name}_explain{suffix}", 1.0)],
+        )
     _datasets[name] = source, tuple(metric_fns)
 
 
@@ -416,10 +448,12 @@ def _dataset_fn(name: str, source: Source, stream: str, teacher: bool):
             raise ValueError(
                 f"{name}: the {stream} stream has no training example, because none of the "
                 f"{len(rows)} rows has {needed}. Are the teacher's completions there "
-                f"(<data folder>/{name}/llm/train_CoT_0.json)? {name}_label needs none")
+                f"(<data folder>/{name}/llm/train_CoT_0.json)? {name}_label needs none"
+            )
         keys = ("inputs", "targets", "example_id", "label")
-        columns = {k: tf.constant([e[k] for e in examples], tf.string, [len(examples)])
-                   for k in keys}
+        columns = {
+            k: tf.constant([e[k] for e in examples], tf.string, [len(examples)]) for k in keys
+        }
         group = RATIONALE_GROUP if stream == "explain" else LABEL_GROUP
         columns["loss_group"] = tf.fill([len(examples)], tf.constant(group, tf.int32))
         return tf.data.Dataset.from_tensor_slices(columns)
@@ -436,8 +470,12 @@ def _texts(row: Row, stream: str, teacher: bool) -> dict[str, str] | None:
         target = row.teacher_label if teacher else row.label
     if target is None:
         return None
-    return {"inputs": prefix + row.input, "targets": target, "example_id": row.id,
-            "label": row.label}
+    return {
+        "inputs": prefix + row.input,
+        "targets": target,
+        "example_id": row.id,
+        "label": row.label,
+    }
 
 
 @seqio.map_over_dataset
@@ -519,7 +557,9 @@ def import_module(module: str = DEFAULT_MODULE) -> None:
         raise ModuleNotFoundError(
             f"no module {module!r} to register tasks (--gin.MIXTURE_OR_TASK_MODULE). It must be "
             "importable: install it, run from the folder that holds it, or add that folder to "
-            "PYTHONPATH", name=e.name) from e
+            "PYTHONPATH",
+            name=e.name,
+        ) from e
     if module not in _modules:
         _modules.append(module)
 
@@ -540,11 +580,15 @@ def _unknown(kind: str, name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     if _modules:
-        return (f"no {kind} named {name!r}.{hint} MIXTURE_OR_TASK_MODULE={','.join(_modules)} "
-                f"was imported; known: {', '.join(known) or 'none'}. A new dataset is registered "
-                "by a module that it imports")
-    return (f"no {kind} named {name!r}.{hint} No task module was imported: call "
-            f"task.import_module (MIXTURE_OR_TASK_MODULE). Known: {', '.join(known) or 'none'}")
+        return (
+            f"no {kind} named {name!r}.{hint} MIXTURE_OR_TASK_MODULE={','.join(_modules)} "
+            f"was imported; known: {', '.join(known) or 'none'}. A new dataset is registered "
+            "by a module that it imports"
+        )
+    return (
+        f"no {kind} named {name!r}.{hint} No task module was imported: call "
+        f"task.import_module (MIXTURE_OR_TASK_MODULE). Known: {', '.join(known) or 'none'}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -588,16 +632,22 @@ def describe(name: str) -> MixtureInfo:
     is_mixture = isinstance(provider, seqio.Mixture)
     members = []
     for member in provider.tasks if is_mixture else [provider]:
-        members.append(MemberInfo(
-            name=member.name,
-            rate=provider.get_rate(member) if is_mixture else 1.0,
-            metrics=tuple(f"{fn.__module__}.{fn.__name__}" for fn in member.metric_fns),
-            loss_group=_registered[member.name].loss_group if member.name in _registered else None))
+        members.append(
+            MemberInfo(
+                name=member.name,
+                rate=provider.get_rate(member) if is_mixture else 1.0,
+                metrics=tuple(f"{fn.__module__}.{fn.__name__}" for fn in member.metric_fns),
+                loss_group=_registered[member.name].loss_group
+                if member.name in _registered
+                else None,
+            )
+        )
     return MixtureInfo(name, tuple(members))
 
 
-def tokenized_rows(task_name: str, split: str,
-                   use_cached: bool = False) -> Iterator[dict[str, Any]]:
+def tokenized_rows(
+    task_name: str, split: str, use_cached: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yields the examples of a task through SeqIO, in order and not truncated.
 
     Args:
@@ -619,13 +669,21 @@ def tokenized_rows(task_name: str, split: str,
         raise ValueError(f"{task_name!r} is a mixture; ask for one of its tasks: {members}")
     if split not in provider.splits:
         raise ValueError(f"{task_name} has no split {split!r}; it has {', '.join(provider.splits)}")
-    dataset = provider.get_dataset(sequence_length=None, split=split, shuffle=False, num_epochs=1,
-                                   use_cached=use_cached, try_in_mem_cache=False)
+    dataset = provider.get_dataset(
+        sequence_length=None,
+        split=split,
+        shuffle=False,
+        num_epochs=1,
+        use_cached=use_cached,
+        try_in_mem_cache=False,
+    )
     for i, example in enumerate(_numpy_rows(dataset)):
-        text = {key: tf.compat.as_text(example[f"{key}_pretokenized"])
-                if f"{key}_pretokenized" in example
-                else provider.output_features[key].vocabulary.decode(example[key].tolist())
-                for key in ("inputs", "targets")}
+        text = {
+            key: tf.compat.as_text(example[f"{key}_pretokenized"])
+            if f"{key}_pretokenized" in example
+            else provider.output_features[key].vocabulary.decode(example[key].tolist())
+            for key in ("inputs", "targets")
+        }
         yield {
             "inputs": example["inputs"].astype(np.int32),
             "targets": example["targets"].astype(np.int32),
@@ -642,9 +700,20 @@ def _numpy_rows(dataset: tf.data.Dataset) -> Iterator[dict[str, Any]]:
 
     In batches, because leaving TensorFlow once per example takes more time than tokenising it.
     """
-    keys = [k for k in dataset.element_spec if k in (
-        "inputs", "targets", "inputs_pretokenized", "targets_pretokenized", "example_id",
-        "loss_group", "label")]
+    keys = [
+        k
+        for k in dataset.element_spec
+        if k
+        in (
+            "inputs",
+            "targets",
+            "inputs_pretokenized",
+            "targets_pretokenized",
+            "example_id",
+            "loss_group",
+            "label",
+        )
+    ]
 
     def rows_of(column):
         if isinstance(column, tf.compat.v1.ragged.RaggedTensorValue):

@@ -109,14 +109,17 @@ class SentencePieceVocabulary(Vocabulary):
         try:
             self._processor.LoadFromSerializedProto(serialized)
         except RuntimeError as e:
-            raise ValueError(f"{path} ({len(serialized)} bytes) is not a SentencePiece model: {e}"
-                             ". Copy it again, or train one: scripts/train_vocabulary.py") from e
+            raise ValueError(
+                f"{path} ({len(serialized)} bytes) is not a SentencePiece model: {e}"
+                ". Copy it again, or train one: scripts/train_vocabulary.py"
+            ) from e
         found = self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id()
         if found != (self.pad_id, self.eos_id, self.unk_id):
             raise ValueError(
                 f"{path} has pad, eos, unk = {found}; T5 needs (0, 1, 2). Train one with "
                 "scripts/train_vocabulary.py, or with spm_train --pad_id=0 --eos_id=1 --unk_id=2 "
-                "--bos_id=-1")
+                "--bos_id=-1"
+            )
         self.size = self._processor.GetPieceSize()
 
     def encode(self, text: str) -> list[int]:
@@ -149,8 +152,10 @@ def load(spec: str) -> Vocabulary:
         return ByteVocabulary()
     from etils import epath
 
-    allowed = (f"VOCABULARY is {BYTES!r}, a SentencePiece .model file, or a folder with {SPIECE}; "
-               "scripts/train_vocabulary.py trains one")
+    allowed = (
+        f"VOCABULARY is {BYTES!r}, a SentencePiece .model file, or a folder with {SPIECE}; "
+        "scripts/train_vocabulary.py trains one"
+    )
     path = epath.Path(spec)
     if path.is_dir():
         path = path / SPIECE

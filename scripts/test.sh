@@ -8,4 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.sh
 prepare_venv "test${DISTILL_EXTRAS:+,$DISTILL_EXTRAS}"
 "$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check --quiet .
 "$VENV/bin/python" -m pytest "$@"

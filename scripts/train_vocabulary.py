@@ -17,12 +17,15 @@ from etils import epath
 from distill import task
 
 _MIXTURE = flags.DEFINE_list(
-    "mixture", None, "Tasks or mixtures whose train split is read, comma separated.")
+    "mixture", None, "Tasks or mixtures whose train split is read, comma separated."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the datasets [DISTILL_DATA_DIR].")
 _VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 8000, "Pieces at most, 3 special ids and 256 bytes included.", lower_bound=300)
+    "vocab_size", 8000, "Pieces at most, 3 special ids and 256 bytes included.", lower_bound=300
+)
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "The model file to write, <folder>/spiece.model, local or gs://.")
+    "output", None, "The model file to write, <folder>/spiece.model, local or gs://."
+)
 _MODULE = flags.DEFINE_string("module", "tasks", "Module that registers the tasks.")
 flags.mark_flags_as_required(["mixture", "output"])
 
@@ -42,16 +45,27 @@ def train(texts: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
-            vocab_size=vocab_size, hard_vocab_limit=False, byte_fallback=True,
-            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
             # Longer sentences than this are dropped without an error; the default is 4192 bytes.
             max_sentence_length=max(len(t.encode("utf-8")) for t in texts) + 1,
             # Sums over threads depend on their number, and the file would too.
-            num_threads=4, minloglevel=1)
+            num_threads=4,
+            minloglevel=1,
+        )
     except RuntimeError as e:
-        raise ValueError(f"SentencePiece could not train {vocab_size} pieces on {len(texts)} "
-                         f"texts: {e}. Use more text or another --vocab_size") from e
+        raise ValueError(
+            f"SentencePiece could not train {vocab_size} pieces on {len(texts)} "
+            f"texts: {e}. Use more text or another --vocab_size"
+        ) from e
     return model.getvalue()
 
 
@@ -67,8 +81,11 @@ def main(argv):
     for name in _MIXTURE.value:
         task.lookup(name)  # All names are checked before minutes are spent on the first.
     # Predict and explain have the same inputs but for the prefix; a dict keeps the order.
-    texts = list(dict.fromkeys(
-        text for name in _MIXTURE.value for text in task.pretokenized_texts(name, "train")))
+    texts = list(
+        dict.fromkeys(
+            text for name in _MIXTURE.value for text in task.pretokenized_texts(name, "train")
+        )
+    )
     model = train(texts, _VOCAB_SIZE.value)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +94,10 @@ def main(argv):
     partial.replace(output)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model).GetPieceSize()
     print(f"{len(texts)} sentences, {pieces} pieces (at most {_VOCAB_SIZE.value}) -> {output}")
-    print(f"next: python scripts/train.py --gin.VOCABULARY={output} "
-          f"--gin.MIXTURE_OR_TASK_NAME={_MIXTURE.value[0]} ...")
+    print(
+        f"next: python scripts/train.py --gin.VOCABULARY={output} "
+        f"--gin.MIXTURE_OR_TASK_NAME={_MIXTURE.value[0]} ..."
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def parse(completion):
 
 task.register(
     "anli1",
-    source=task.ReleasedLayout("anli1", fields=("premise", "hypothesis", "label"),
-                               example=esnli.example, parse=parse),
+    source=task.ReleasedLayout(
+        "anli1", fields=("premise", "hypothesis", "label"), example=esnli.example, parse=parse
+    ),
     metric_fns=[metrics.label_accuracy],
 )

@@ -53,7 +53,7 @@ class DialSource:
                 f"teacher_error_rate must be in [0, 1], not {self.teacher_error_rate!r}"
             )
         chains = 10 * 18**self.turns
-        for split, size in zip(SPLITS, self.sizes):
+        for split, size in zip(SPLITS, self.sizes, strict=True):
             # Half, because a chain is drawn at random and the last ones are hard to hit.
             most = chains * SHARES[split] // 200
             if size > most:
@@ -92,7 +92,7 @@ class DialSource:
             taught.append(teacher_value)
         words = [("up" if turn > 0 else "down", abs(turn)) for turn in turns]
         problem = ", ".join(f"{way} {by}" for way, by in words)
-        reasoning = ", ".join(f"{way} to {at}" for (way, _), at in zip(words, taught))
+        reasoning = ", ".join(f"{way} to {at}" for (way, _), at in zip(words, taught, strict=True))
         label, teacher_label = str(gold[-1]), str(taught[-1])
         if self.equation:
             label = teacher_label = _equation(start, turns)

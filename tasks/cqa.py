@@ -44,7 +44,8 @@ def parse(completion):
 
 task.register(
     "cqa",
-    source=task.ReleasedLayout("cqa", fields=("question", "choices", "answer"), example=example,
-                               parse=parse, holdout=True),
+    source=task.ReleasedLayout(
+        "cqa", fields=("question", "choices", "answer"), example=example, parse=parse, holdout=True
+    ),
     metric_fns=[metrics.label_accuracy],
 )

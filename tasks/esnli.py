@@ -38,7 +38,8 @@ def parse(completion):
 
 task.register(
     "esnli",
-    source=task.ReleasedLayout("esnli", fields=("premise", "hypothesis", "label"), example=example,
-                               parse=parse),
+    source=task.ReleasedLayout(
+        "esnli", fields=("premise", "hypothesis", "label"), example=example, parse=parse
+    ),
     metric_fns=[metrics.label_accuracy],
 )

@@ -46,13 +46,19 @@ def reference_accuracy(targets, predictions):
     for text in predictions:
         last = text.rpartition(" and ")[2]
         unopened = max(0, last.count(")") - last.count("("))
-        values.append(last[:len(last) - unopened])
+        values.append(last[: len(last) - unopened])
     return metrics.equation_accuracy(targets, values)
 
 
 task.register(
     "svamp",
-    source=task.ReleasedLayout("svamp", fields=("input", "label"), example=example, parse=parse,
-                               holdout=True, teacher_metric=reference_accuracy),
+    source=task.ReleasedLayout(
+        "svamp",
+        fields=("input", "label"),
+        example=example,
+        parse=parse,
+        holdout=True,
+        teacher_metric=reference_accuracy,
+    ),
     metric_fns=[metrics.equation_accuracy],
 )

@@ -7,6 +7,7 @@ from test_t5 import TINY, batch_of, numpy_params
 
 from distill import decode, t5
 
+
 def test_cached_decoding_equals_teacher_forcing():
     """Each greedy token is the argmax of the uncached model on the tokens before it."""
     params = numpy_params(TINY, seed=7)

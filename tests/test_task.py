@@ -38,7 +38,7 @@ def write(root, split, rows, completions, shard=10):
     lines = [json.dumps({"text": f"in{i}</s>put", "gold": f"g{i}"}) for i in range(rows)]
     (root / "toy" / f"toy_{split}.json").write_text("\n".join(lines) + "\n")
     for i, start in enumerate(range(0, len(completions), shard)):
-        part = completions[start:start + shard]
+        part = completions[start : start + shard]
         (folder / f"{split}_CoT_{i}.json").write_text(json.dumps(part))
 
 
@@ -53,8 +53,13 @@ def parse(text):
 
 
 def layout(**kwargs):
-    return task.ReleasedLayout("toy", fields=("text", "gold"), parse=parse,
-                               example=lambda f: (f["text"], f["gold"]), **kwargs)
+    return task.ReleasedLayout(
+        "toy",
+        fields=("text", "gold"),
+        parse=parse,
+        example=lambda f: (f["text"], f["gold"]),
+        **kwargs,
+    )
 
 
 @pytest.fixture
@@ -77,6 +82,7 @@ def rows_of(name, split):
 
 
 # --- Reading ----------------------------------------------------------------------------------
+
 
 def test_shards_join_by_position_in_numeric_order(tmp_path):
     # Twelve shards: sorted by name, 10 would come before 2.
@@ -112,16 +118,26 @@ def test_files_are_those_that_decide_the_rows(toy):
 def test_report_counts_what_did_not_parse(data):
     task.bind(data_dir=str(data))
     report = task.source_report(layout(), "train")
-    assert report == task.SourceReport(rows=ROWS, parsed=ROWS - 2, unparsed=2, rationales=ROWS - 1,
-                                       teacher_accuracy=0.0)
-    right = task.source_report(layout(), "train", lambda targets, predictions: {
-        "accuracy": sum(t[1:] == p[1:] for t, p in zip(targets, predictions, strict=True)) / ROWS})
+    assert report == task.SourceReport(
+        rows=ROWS, parsed=ROWS - 2, unparsed=2, rationales=ROWS - 1, teacher_accuracy=0.0
+    )
+    right = task.source_report(
+        layout(),
+        "train",
+        lambda targets, predictions: {
+            "accuracy": sum(t[1:] == p[1:] for t, p in zip(targets, predictions, strict=True))
+            / ROWS
+        },
+    )
     assert right.teacher_accuracy == (ROWS - 2) / ROWS
 
 
 def test_no_data_folder_names_the_flag():
-    with pytest.raises(FileNotFoundError, match=r"toy_train\.json.*no data folder is set.*"
-                                                r"--gin\.DATA_DIR.*DISTILL_DATA_DIR"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"toy_train\.json.*no data folder is set.*"
+        r"--gin\.DATA_DIR.*DISTILL_DATA_DIR",
+    ):
         layout().rows("train")
 
 
@@ -140,10 +156,14 @@ def test_row_without_a_field_is_named_with_its_line(data):
         layout().rows("train")
 
 
-@pytest.mark.parametrize("line, reason", [
-    ('{"text": "x", ', "not valid JSON: .*double quotes"),
-    ("[1, 2]", "a row must be a JSON object, not list"),
-    ('{"text": "x", "gold": null}', "input and label must be text, got 'x', None")])
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"text": "x", ', "not valid JSON: .*double quotes"),
+        ("[1, 2]", "a row must be a JSON object, not list"),
+        ('{"text": "x", "gold": null}', "input and label must be text, got 'x', None"),
+    ],
+)
 def test_bad_line_is_named_with_its_reason(data, line, reason):
     with open(data / "toy" / "toy_train.json", "a") as f:
         f.write(line + "\n")
@@ -181,16 +201,19 @@ def test_without_completions_gold_labels_still_work(tmp_path):
 
 # --- What a task gives ------------------------------------------------------------------------
 
+
 def test_streams(toy):
     encode = vocabulary.load("bytes").encode
     row = task.dataset("toy").rows("train")[0]
     before, after = row.input.split("</s>")
-    for name, prefix, target, group in (("toy_label", "", row.label, 0),
-                                        ("toy_predict", "predict: ", row.label, 0),
-                                        ("toy_explain", "explain: ", row.rationale, 1),
-                                        ("toy_label_llm", "", row.teacher_label, 0),
-                                        ("toy_predict_llm", "predict: ", row.teacher_label, 0),
-                                        ("toy_explain_llm", "explain: ", row.rationale, 1)):
+    for name, prefix, target, group in (
+        ("toy_label", "", row.label, 0),
+        ("toy_predict", "predict: ", row.label, 0),
+        ("toy_explain", "explain: ", row.rationale, 1),
+        ("toy_label_llm", "", row.teacher_label, 0),
+        ("toy_predict_llm", "predict: ", row.teacher_label, 0),
+        ("toy_explain_llm", "explain: ", row.rationale, 1),
+    ):
         got = rows_of(name, "train")[0]
         assert got["inputs"].tolist() == [*encode(prefix + before), 1, *encode(after), 1], name
         assert got["targets"].tolist() == [*encode(target), 1], name
@@ -209,8 +232,11 @@ def test_unusable_rows_give_no_example(toy):
     assert {"toy/train/12", "toy/train/7"} <= everything  # neither is held out
     assert ids("toy_predict") == ids("toy_label") == everything
     assert ids("toy_explain") == everything - {"toy/train/7"}
-    assert ids("toy_predict_llm") == ids("toy_label_llm") == everything - {"toy/train/12",
-                                                                           "toy/train/7"}
+    assert (
+        ids("toy_predict_llm")
+        == ids("toy_label_llm")
+        == everything - {"toy/train/12", "toy/train/7"}
+    )
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -223,7 +249,8 @@ def test_evaluation_targets_are_gold_in_every_variant(toy, stream, split):
 
 def test_rows_come_in_the_same_order_every_time(toy):
     assert [r["example_id"] for r in rows_of("toy_predict", "train")] == [
-        r.id for r in task.dataset("toy").rows("train")]
+        r.id for r in task.dataset("toy").rows("train")
+    ]
 
 
 @pytest.fixture
@@ -233,8 +260,16 @@ def sentencepiece_model(tmp_path):
     with open(tmp_path / "sp.model", "wb") as model:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([f"a premise {i} and a hypothesis" for i in range(200)]),
-            model_writer=model, vocab_size=350, hard_vocab_limit=False, byte_fallback=True,
-            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+            model_writer=model,
+            vocab_size=350,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
     return str(tmp_path / "sp.model")
 
 
@@ -247,8 +282,10 @@ class Fixed:
         self.inputs = inputs
 
     def rows(self, split):
-        return [task.Row(f"fixed/{split}/{i}", text, "yes", rationale="</s> stays text here")
-                for i, text in enumerate(self.inputs)]
+        return [
+            task.Row(f"fixed/{split}/{i}", text, "yes", rationale="</s> stays text here")
+            for i, text in enumerate(self.inputs)
+        ]
 
     def files(self, split):
         return []
@@ -258,8 +295,14 @@ class Fixed:
 def test_eos_text_in_an_input_is_the_eos_id(kind, request):
     spec = kind if kind == "bytes" else request.getfixturevalue("sentencepiece_model")
     task.bind(vocabulary=spec)
-    inputs = ["a premise</s>a hypothesis", "no splice", "</s>at the start", "at the end</s>",
-              "a</s>b</s>c", "two\nlines</s>and\nmore"]
+    inputs = [
+        "a premise</s>a hypothesis",
+        "no splice",
+        "</s>at the start",
+        "at the end</s>",
+        "a</s>b</s>c",
+        "two\nlines</s>and\nmore",
+    ]
     task.register("fixed", source=Fixed(*inputs))
     encode = task.vocabulary().encode
     for text, row in zip(inputs, rows_of("fixed_label", "train"), strict=True):
@@ -276,13 +319,20 @@ def test_eos_text_in_an_input_is_the_eos_id(kind, request):
 LENGTHS = {"inputs": 16, "targets": 8}
 
 
-@pytest.mark.parametrize("name, pack", [
-    ("toy_label", False), ("toy_step_by_step", False), ("toy_step_by_step_llm", True)])
+@pytest.mark.parametrize(
+    "name, pack",
+    [("toy_label", False), ("toy_step_by_step", False), ("toy_step_by_step_llm", True)],
+)
 def test_seqio_feature_converter(toy, name, pack):
     dataset = seqio.get_dataset(
-        mixture_or_task_name=name, task_feature_lengths=LENGTHS, dataset_split="train",
-        feature_converter=seqio.EncDecFeatureConverter(pack=pack), shuffle=True, seed=1,
-        num_epochs=1)
+        mixture_or_task_name=name,
+        task_feature_lengths=LENGTHS,
+        dataset_split="train",
+        feature_converter=seqio.EncDecFeatureConverter(pack=pack),
+        shuffle=True,
+        seed=1,
+        num_epochs=1,
+    )
     batch = next(dataset.batch(4).as_numpy_iterator())
     assert batch["encoder_input_tokens"].shape == (4, 16)
     assert batch["decoder_target_tokens"].shape == (4, 8)
@@ -291,7 +341,8 @@ def test_seqio_feature_converter(toy, name, pack):
 
 def test_seqio_keeps_the_eos_when_it_trims(toy):
     dataset = task.lookup("toy_explain").get_dataset(
-        sequence_length={"inputs": 6, "targets": 4}, split="train", shuffle=False)
+        sequence_length={"inputs": 6, "targets": 4}, split="train", shuffle=False
+    )
     for example in dataset.as_numpy_iterator():
         assert len(example["inputs"]) == 6 and example["inputs"][-1] == 1
         assert len(example["targets"]) == 4 and example["targets"][-1] == 1
@@ -300,18 +351,25 @@ def test_seqio_keeps_the_eos_when_it_trims(toy):
 def test_mixture_draws_both_streams(toy):
     info = task.describe("toy_step_by_step")
     assert [(m.name, m.rate, m.loss_group) for m in info.members] == [
-        ("toy_explain", 1.0, 1), ("toy_predict", 1.0, 0)]
+        ("toy_explain", 1.0, 1),
+        ("toy_predict", 1.0, 0),
+    ]
     dataset = task.lookup("toy_step_by_step").get_dataset(
-        split="train", seed=0, passthrough_features=["loss_group"])
+        split="train", seed=0, passthrough_features=["loss_group"]
+    )
     groups = [int(e["loss_group"]) for e in dataset.take(100).as_numpy_iterator()]
     assert 30 < groups.count(0) < 70 and groups.count(0) + groups.count(1) == 100
 
 
 def test_seqio_evaluator_scores_against_gold(toy):
     """The train split of `_llm` has the teacher's targets, and is scored against gold."""
-    evaluator = seqio.Evaluator("toy_predict_llm", seqio.EncDecFeatureConverter(pack=False),
-                                eval_split="train", sequence_length={"inputs": 64, "targets": 16},
-                                logger_cls=[])
+    evaluator = seqio.Evaluator(
+        "toy_predict_llm",
+        seqio.EncDecFeatureConverter(pack=False),
+        eval_split="train",
+        sequence_length={"inputs": 64, "targets": 16},
+        logger_cls=[],
+    )
     encode = vocabulary.load("bytes").encode
 
     def predict(dataset, model_feature_shapes=None):
@@ -319,17 +377,20 @@ def test_seqio_evaluator_scores_against_gold(toy):
         width = max(map(len, gold))
         return [(i, g + [0] * (width - len(g))) for i, g in enumerate(gold)]
 
-    computed, _ = evaluator.evaluate(compute_metrics=True, step=0, predict_fn=predict,
-                                     score_fn=None)
+    computed, _ = evaluator.evaluate(
+        compute_metrics=True, step=0, predict_fn=predict, score_fn=None
+    )
     assert computed.result()["toy_predict_llm"] == {"accuracy": 1.0}
 
 
 # --- Describing and looking up ------------------------------------------------------------------
 
+
 def test_describe_one_task(toy):
     info = task.describe("toy_predict")
-    assert info.members == (task.MemberInfo("toy_predict", 1.0, ("distill.metrics.label_accuracy",),
-                                            0),)
+    assert info.members == (
+        task.MemberInfo("toy_predict", 1.0, ("distill.metrics.label_accuracy",), 0),
+    )
     assert task.describe("toy_explain").members[0].metrics == ()
     assert info.files("train") == sorted(task.dataset("toy").files("train"))
 
@@ -342,9 +403,14 @@ def foreign():
         "foreign",
         source=seqio.FunctionDataSource(
             lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
-                {"inputs": ["ab", "c"], "targets": ["yes", "no"]}), splits=["train"]),
+                {"inputs": ["ab", "c"], "targets": ["yes", "no"]}
+            ),
+            splits=["train"],
+        ),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-        output_features=features, metric_fns=[metrics.label_accuracy])
+        output_features=features,
+        metric_fns=[metrics.label_accuracy],
+    )
     yield
     seqio.TaskRegistry.remove("foreign")
     for name in ("nested", "outer"):
@@ -363,15 +429,21 @@ def test_nested_mixtures_are_flattened(toy, foreign):
     seqio.MixtureRegistry.add("outer", [("toy_step_by_step", 1.0), ("toy_label", 2.0)])
     info = task.describe("outer")
     assert {m.name: m.rate for m in info.members} == {
-        "toy_explain": 0.5, "toy_predict": 0.5, "toy_label": 2.0}
+        "toy_explain": 0.5,
+        "toy_predict": 0.5,
+        "toy_label": 2.0,
+    }
     assert info.files("test") == sorted(task.dataset("toy").files("test"))
     seqio.MixtureRegistry.add("nested", [("outer", 1.0), ("foreign", 1.0)])
     assert task.describe("nested").files("train") is None
 
 
 def test_unknown_names_list_what_there_is(toy):
-    with pytest.raises(ValueError, match=r"'toy_predit'\. Did you mean 'toy_predict'.*known: .*"
-                                         r"toy_step_by_step_llm|No task module"):
+    with pytest.raises(
+        ValueError,
+        match=r"'toy_predit'\. Did you mean 'toy_predict'.*known: .*"
+        r"toy_step_by_step_llm|No task module",
+    ):
         task.lookup("toy_predit")
     with pytest.raises(ValueError, match="No task module was imported"):
         task.lookup("zzz")
@@ -386,12 +458,16 @@ def test_unknown_names_say_which_module_was_imported(tmp_path, monkeypatch):
         "    splits = ('train',)\n"
         "    def rows(self, split): return [task.Row('a/0', 'x', 'y')]\n"
         "    def files(self, split): return []\n"
-        "task.register('mine', source=S())\n")
+        "task.register('mine', source=S())\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     task.import_module("my_tasks")
     assert [r["label"] for r in rows_of("mine_label", "train")] == ["y"]
-    with pytest.raises(ValueError, match=r"'mine_labels'\. Did you mean 'mine_label'.*"
-                                         r"MIXTURE_OR_TASK_MODULE=my_tasks was imported"):
+    with pytest.raises(
+        ValueError,
+        match=r"'mine_labels'\. Did you mean 'mine_label'.*"
+        r"MIXTURE_OR_TASK_MODULE=my_tasks was imported",
+    ):
         task.lookup("mine_labels")
 
 
@@ -424,6 +500,7 @@ def test_pretokenized_texts_have_no_control_text(toy):
 
 # --- Binding ------------------------------------------------------------------------------------
 
+
 def test_binding_prefers_arguments_then_environment(monkeypatch, sentencepiece_model):
     assert task.data_dir() is None and task.vocabulary().spec == "bytes"
     task.reset()
@@ -440,8 +517,11 @@ def test_binding_again(sentencepiece_model):
     task.bind(data_dir="/a", vocabulary="bytes")
     task.bind(data_dir="/a/", vocabulary="bytes")
     task.bind()
-    with pytest.raises(ValueError, match=r"data folder is already '/a' and cannot become '/b'.*"
-                                         r"--gin\.DATA_DIR"):
+    with pytest.raises(
+        ValueError,
+        match=r"data folder is already '/a' and cannot become '/b'.*"
+        r"--gin\.DATA_DIR",
+    ):
         task.bind(data_dir="/b")
     with pytest.raises(ValueError, match=r"vocabulary is already 'bytes'.*--gin\.VOCABULARY"):
         task.bind(vocabulary=sentencepiece_model)
@@ -465,19 +545,31 @@ def test_a_failed_binding_binds_nothing(tmp_path):
 
 # --- Training a vocabulary ----------------------------------------------------------------------
 
+
 def test_train_vocabulary_script(data, tmp_path):
     (tmp_path / "voc_tasks.py").write_text(
         "from distill import task\n"
         "task.register('toy', source=task.ReleasedLayout('toy', fields=('text', 'gold'),\n"
         "    example=lambda f: (f['text'], f['gold']),\n"
-        "    parse=lambda c: tuple(c.split(' =>')) if '=>' in c else (None, None)))\n")
+        "    parse=lambda c: tuple(c.split(' =>')) if '=>' in c else (None, None)))\n"
+    )
     output = tmp_path / "new" / "spiece.model"
-    command = [sys.executable, str(ROOT / "scripts" / "train_vocabulary.py"),
-               "--mixture=toy_label,toy_step_by_step", f"--data_dir={data}", "--vocab_size=350",
-               f"--output={output}", "--module=voc_tasks"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "train_vocabulary.py"),
+        "--mixture=toy_label,toy_step_by_step",
+        f"--data_dir={data}",
+        "--vocab_size=350",
+        f"--output={output}",
+        "--module=voc_tasks",
+    ]
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": path, "DISTILL_VOCABULARY": "/ignored"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path, "DISTILL_VOCABULARY": "/ignored"},
+    )
     assert done.returncode == 0, done.stderr
     vocab = vocabulary.load(str(output))
     assert f"{vocab.size} pieces" in done.stdout and f"--gin.VOCABULARY={output}" in done.stdout

@@ -65,7 +65,8 @@ def test_inputs_of_the_released_data(released):
     first = {r.id: r for r in task.dataset("cqa").rows("train") + task.dataset("cqa").rows("test")}
     assert first["cqa/train/0"].input.endswith(
         "What is this an example of?\nAnswer Choices:\n(a) park\n(b) coloring book\n"
-        "(c) garden center\n(d) math problem\n(e) gravity")
+        "(c) garden center\n(d) math problem\n(e) gravity"
+    )
     assert first["cqa/train/0"].label == first["cqa/train/0"].teacher_label == "math problem"
     row = task.dataset("svamp").rows("test")[0]
     assert row.input.endswith("If there are 45 flowerbeds\nHow many seeds did they plant?")
@@ -84,7 +85,9 @@ def test_absent_train_file_is_named(released):
 def test_svamp_parse(tasks):
     parse = tasks.svamp.parse
     assert parse("So 6 / 2 = 3. The answer is (6 / 2).\n\nQ: x The answer is (1).") == (
-        "So 6 / 2 = 3.", "(6 / 2)")
+        "So 6 / 2 = 3.",
+        "(6 / 2)",
+    )
     assert parse("The answer is (1) + (2).") == ("", "(1) + (2)")
     assert parse("I think. The answer is 4.") == ("I think.", None)
     assert parse("Cut off in the mid") == (None, None)
@@ -97,8 +100,9 @@ def test_svamp_published_count_differs_from_the_students_by_two_rows(released):
     safe = dataclasses.replace(whole, teacher_metric=metrics.equation_accuracy)
     published, safe = (task.source_report(s, "train").teacher_accuracy for s in (whole, safe))
     assert (published * 800, safe * 800) == (588, 586)
-    right = released.svamp.reference_accuracy(["15"] * 3, ["((29/2) and (30/2))", "(1) and (15)",
-                                                            "(15) and (1)"])
+    right = released.svamp.reference_accuracy(
+        ["15"] * 3, ["((29/2) and (30/2))", "(1) and (15)", "(15) and (1)"]
+    )
     assert right["accuracy"] == 2 / 3
 
 
@@ -143,10 +147,12 @@ def test_registers_eight_names(tasks, name):
 
 def test_metrics(tasks):
     assert task.describe("svamp_predict").members[0].metrics == (
-        "distill.metrics.equation_accuracy",)
+        "distill.metrics.equation_accuracy",
+    )
     for name in ("cqa", "esnli", "anli1"):
         assert task.describe(f"{name}_label_llm").members[0].metrics == (
-            "distill.metrics.label_accuracy",)
+            "distill.metrics.label_accuracy",
+        )
 
 
 def test_the_module_prints_what_was_read(shared):
@@ -155,4 +161,5 @@ def test_the_module_prints_what_was_read(shared):
     assert [line.split() for line in out.splitlines()[1:]] == [
         ["svamp", "train", "720", "708", "12", "710", "0.729167"],
         ["svamp", "validation", "80", "79", "1", "79", "0.787500"],
-        ["svamp", "test", "200", "198", "2", "198", "0.740000"]]
+        ["svamp", "test", "200", "198", "2", "198", "0.740000"],
+    ]

@@ -17,8 +17,14 @@ def train_sentencepiece(path, **special):
     ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | special
     with open(path, "wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=400,
-            hard_vocab_limit=False, byte_fallback=True, minloglevel=2, **ids)
+            sentence_iterator=iter(CORPUS),
+            model_writer=model,
+            vocab_size=400,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            minloglevel=2,
+            **ids,
+        )
     return str(path)
 
 
