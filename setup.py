@@ -53,8 +53,6 @@ setuptools.setup(
             "pytest>=8.4,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
-            "jaxtyping>=0.3.3,<0.4",
-            "beartype>=0.22,<0.24",
         ],
         # Compares logits and exports with Hugging Face's T5.
         "parity": ["transformers>=5.20,<6", "torch==2.13.0", "safetensors>=0.8,<0.9"],

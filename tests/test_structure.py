@@ -34,10 +34,17 @@ FLOORS = {
     "configure": 6,
 }
 # What the accelerator runs; see `test_accelerator_side_imports_little`.
-ACCELERATOR_SIDE = ("t5", "objectives", "losses", "optim", "partitioning", "decode", "train_step")
+ACCELERATOR_SIDE = ("t5", "objectives", "losses", "optim", "partitioning", "decode", "train")
 HEAVY = ("grain", "seqio", "gin", "tensorflow", "tensorflow_datasets", "torch", "t5x")
 # Module -> the only files of distill/ that import it.
-ONLY_IN = {"gin": {"configure"}, "jax.sharding": {"partitioning"}, "flax.linen": {"t5"}}
+ONLY_IN = {
+    "gin": {"configure"},
+    "jax.sharding": {"partitioning"},
+    "flax.linen": {"t5"},
+    "orbax": {"checkpoints"},
+    "seqio": {"task", "vocabulary"},
+    "tensorflow": {"task"},
+}
 
 MODULES = sorted((ROOT / "distill").rglob("*.py"))
 SOURCES = sorted(
