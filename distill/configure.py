@@ -19,6 +19,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import logging as std_logging
 import math
 import os
 import pathlib
@@ -673,7 +674,9 @@ def _set(settings: dict[Any, Setting], key: Any, setting: Setting) -> None:
         # does, and the order of two files then decides whether a run starts.)
         if setting.value == REQUIRED:
             return
-        if before.value not in (REQUIRED, setting.value) and not setting.where.typed:
+        # Files of the package replace the values of those they include on purpose.
+        ours = setting.where.packaged and before.where.packaged
+        if before.value not in (REQUIRED, setting.value) and not setting.where.typed and not ours:
             logging.info(
                 "%s = %r (%s) replaces %r (%s)",
                 key,
@@ -1008,6 +1011,7 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = 
         sys.exit(0)
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_worth_showing)
+    logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))
     # absl hides INFO by default, where a run says what it does.
     flags.FLAGS.set_default("verbosity", logging.INFO)
     try:

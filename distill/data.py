@@ -22,9 +22,12 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -178,8 +181,73 @@ def load(config: DataConfig, split: str) -> Corpus:
 
     Raises:
       ValueError: unknown task, or rows that do not add up (from the task's source).
-      FileNotFoundError: the task's data is missing.
+      FileNotFoundError: the task's data is missing; NoSplitError where it never had this split.
     """
+    prepare(config, (split,))
+    return _read(_folder(config, split))
+
+
+def prepare(config: DataConfig, splits: Sequence[str]) -> None:
+    """Builds the caches of those splits that are not fresh, in one process of its own.
+
+    That process imports SeqIO and TensorFlow (seconds, and 800 MB), so that this one never does.
+
+    Raises:
+      As `load`, but a split that the mixture never had is no error here.
+    """
+    stale = [split for split in splits if not _is_fresh(_folder(config, split), config)]
+    if not stale:
+        return
+    logging.info(
+        "Tokenising %s, %s, into %s",
+        config.mixture_or_task_name, " and ".join(stale), config.cache_dir,
+    )  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "CUDA_VISIBLE_DEVICES": "",  # TensorFlow would take the accelerator's memory
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = pathlib.Path(folder) / "outcome.json"
+        request = json.dumps([dataclasses.asdict(config), stale, str(outcome)])
+        child = subprocess.run(
+            [sys.executable, "-m", "distill.data", request],
+            env=environment, stderr=subprocess.PIPE, text=True, errors="replace",
+        )  # fmt: skip
+        failure = json.loads(outcome.read_text()) if outcome.exists() else None
+    if failure is not None:
+        kinds = (ValueError, FileNotFoundError, ModuleNotFoundError)
+        raise {kind.__name__: kind for kind in kinds}[failure["kind"]](failure["message"])
+    if child.returncode:
+        raise RuntimeError(f"Tokenising failed (exit {child.returncode}):\n{child.stderr}")
+    for line in child.stderr.splitlines():
+        if not _TENSORFLOW_NOTE.match(line):
+            logging.warning(line)
+
+
+# What TensorFlow says of itself whenever it is imported on a machine without a GPU.
+_TENSORFLOW_NOTE = re.compile(r"[IWE]0000 |WARNING: All log messages before absl|\s*$")
+
+
+def _build_all(request: str) -> int:
+    """What the process of `prepare` does; user errors go into a file, others are raised."""
+    settings, splits, outcome = json.loads(request)
+    config = DataConfig(**settings)
+    try:
+        for split in splits:
+            _build(_folder(config, split), config, split)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        kind = next(
+            k for k in (ModuleNotFoundError, FileNotFoundError, ValueError) if isinstance(error, k)
+        )
+        failure = {"kind": kind.__name__, "message": str(error)}
+        pathlib.Path(outcome).write_text(json.dumps(failure))
+        return 1
+    return 0
+
+
+def _folder(config: DataConfig, split: str) -> pathlib.Path:
+    """Where the rows of a split are kept: by all that names them."""
     identity = {
         "format": CACHE_FORMAT,
         "mixture": config.mixture_or_task_name,
@@ -190,11 +258,7 @@ def load(config: DataConfig, split: str) -> Corpus:
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     root = pathlib.Path(config.cache_dir).expanduser()
-    folder = root / f"{config.mixture_or_task_name}-{split}-{key}"
-    if not _is_fresh(folder, config):
-        logging.info("Tokenising %s, split %s, into %s", config.mixture_or_task_name, split, folder)
-        _build(folder, config, split)
-    return _read(folder)
+    return root / f"{config.mixture_or_task_name}-{split}-{key}"
 
 
 def _sha256(path) -> str:
@@ -234,21 +298,22 @@ def _is_fresh(folder: pathlib.Path, config: DataConfig) -> bool:
 
 
 def _build(folder: pathlib.Path, config: DataConfig, split: str) -> None:
-    """Tokenises through SeqIO into a temporary folder beside `folder`, then renames it."""
-    from distill import task  # imports SeqIO and TensorFlow, so only where there is work for them
+    """Tokenises through SeqIO into a temporary folder beside `folder`, then renames it.
+
+    That a mixture has no such split is cached too.
+    """
+    from distill import task  # imports SeqIO and TensorFlow
 
     task.bind(data_dir=config.data_dir, vocabulary=config.vocabulary)
     task.import_module(config.mixture_or_task_module)
     info = task.describe(config.mixture_or_task_name)
-    for member in info.members:
-        if split not in (splits := task.lookup(member.name).splits):
-            raise NoSplitError(f"{member.name} has no split {split!r}; it has {', '.join(splits)}.")
-    files = info.files(split)
+    lacking = [m.name for m in info.members if split not in task.lookup(m.name).splits]
+    files = [] if lacking else info.files(split)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         members, digest = [], hashlib.sha256()
-        for number, member in enumerate(info.members):
+        for number, member in enumerate(() if lacking else info.members):
             rows = list(task.tokenized_rows(member.name, split))
             arrays = {
                 "loss_groups": np.asarray([r["loss_group"] for r in rows], np.int32),
@@ -269,6 +334,7 @@ def _build(folder: pathlib.Path, config: DataConfig, split: str) -> None:
         manifest = {
             "mixture": config.mixture_or_task_name,
             "split": split,
+            "lacking": lacking,
             "members": members,
             "code": _code_hash(config.mixture_or_task_module),
             "vocabulary": vocabulary_lib.load(config.vocabulary).fingerprint,
@@ -290,6 +356,8 @@ def _flat(feature: str, rows: list[dict]) -> dict[str, np.ndarray]:
 
 def _read(folder: pathlib.Path) -> Corpus:
     manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest["lacking"]:
+        raise NoSplitError(f"{', '.join(manifest['lacking'])}: no split {manifest['split']!r}.")
     tasks = []
     for number, member in enumerate(manifest["members"]):
         with np.load(folder / f"{number}.npz") as arrays:
@@ -673,3 +741,7 @@ def choose_lengths(lengths: np.ndarray) -> dict[str, int]:
     inputs = up(max(4 * mean[0], longest[0]))
     targets = up(max(inputs * mean[1] / mean[0], longest[1]))
     return {"inputs": inputs, "targets": targets}
+
+
+if __name__ == "__main__":
+    sys.exit(_build_all(sys.argv[1]))

@@ -23,12 +23,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import seqio
-import tensorflow as tf
-from etils import epath
 
-from distill import metrics
-from distill import vocabulary as vocabulary_lib
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for a GPU, and says so
+import seqio  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from etils import epath  # noqa: E402
+
+from distill import metrics  # noqa: E402
+from distill import vocabulary as vocabulary_lib  # noqa: E402
 
 PREDICT = "predict: "
 EXPLAIN = "explain: "

@@ -71,7 +71,9 @@ def test_parameters_and_optimizer_slots_are_sliced_alike():
 def test_an_axis_that_does_not_divide_is_named():
     config = t5.T5Config(vocab_size=384, num_heads=3, head_dim=3, emb_dim=64, mlp_dim=128)
     mesh = mesh_of(data=4, tensor=2)
-    with pytest.raises(ValueError, match=r"decoder/layers/encoder_decoder_attention.*joined_kv.*9.*2 devices"):
+    with pytest.raises(
+        ValueError, match=r"decoder/layers/encoder_decoder_attention.*joined_kv.*9.*2 devices"
+    ):
         partitioning.param_shardings(mesh, t5.param_shapes(config), t5.param_axes(config))
 
 

@@ -204,7 +204,7 @@ def test_evaluate_reads_what_train_wrote(uninterrupted, tmp_path, cache, capsys)
     assert [json.loads(line)["step"] for line in written] == [3, 6]
 
 
-# --- Errors -------------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_overfits_32_svamp_examples(shared, tmp_path):
         data_dir=str(shared / "datasets"), vocabulary=str(vocabulary),
         cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
-    model = t5.T5Config(vocab_size=1024, emb_dim=128, num_heads=4, num_encoder_layers=2,
-                        num_decoder_layers=2, head_dim=32, mlp_dim=256, dropout_rate=0.0)  # fmt: skip
+    sizes = dict(emb_dim=128, num_heads=4, num_encoder_layers=2, num_decoder_layers=2)
+    model = t5.T5Config(1024, **sizes, head_dim=32, mlp_dim=256, dropout_rate=0.0)
     folder = tmp_path / "run"
     train.train(
         config=train.TrainConfig(str(folder), train_steps=300, eval_period=300,
@@ -281,7 +281,9 @@ def test_overfits_32_svamp_examples(shared, tmp_path):
         label_task,
         inputs=data.Ragged.of([label_task.inputs[i] for i in keep]),
         targets=data.Ragged.of([label_task.targets[i] for i in keep]),
-        **{f: [getattr(label_task, f)[i] for i in keep] for f in ("example_ids", "labels", "texts")},
+        **{
+            f: [getattr(label_task, f)[i] for i in keep] for f in ("example_ids", "labels", "texts")
+        },
     )
     from distill import partitioning
     from distill import vocabulary as vocabulary_lib
