@@ -973,7 +973,8 @@ def _write_config(model_dir: str, text: str) -> None:
         difference = difflib.unified_diff(
             before.splitlines(), text.splitlines(), "before", "now", n=0, lineterm=""
         )
-        if before != text:
+        # Without a checkpoint there is no run yet that could be mistaken for this one.
+        if before != text and any(path.parent.glob("checkpoint_*")):
             logging.warning("%s changes:\n%s", path, "\n".join(difference))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

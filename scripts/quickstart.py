@@ -23,21 +23,22 @@ from absl import flags
 from distill import configure, data, report, train
 
 OUTPUT_DIR = flags.DEFINE_string("output_dir", "quickstart", "Folder of both runs and the plot.")
+STEPS = flags.DEFINE_integer("steps", 1000, "Updates of the step-by-step run.", lower_bound=1)
 
 STEP_BY_STEP = "step-by-step"
 LABEL_ONLY = "label-only"
 
 
-def command(name: str, user_settings: Sequence[str], steps: int = 1) -> list[str]:
-    """The command line of one arm's run; `steps` are those of the label-only arm."""
+def command(name: str, user_settings: Sequence[str], steps: int) -> list[str]:
+    """The command line of one arm's run."""
     files = ["t5_1_1/tiny.gin", "quickstart.gin"]
     task, settings = "arithmetic_step_by_step", []
     if name == LABEL_ONLY:
         files.append("standard.gin")
         task = "arithmetic_label"
-        # Shorter inputs (no prefix) and targets, so shorter rows; as many evaluations.
+        # Shorter inputs (no prefix) and targets, so shorter rows.
         settings = ["--gin.TASK_FEATURE_LENGTHS={'inputs': 44, 'targets': 4}"]
-        settings += [f"--gin.TRAIN_STEPS={steps}", f"--gin.EVAL_PERIOD={max(1, steps // 10)}"]
+    settings += [f"--gin.TRAIN_STEPS={steps}", f"--gin.EVAL_PERIOD={-(-steps // 10)}"]
     argv = ["scripts/train.py", *(f"--gin_file={file}" for file in files)]
     argv += [f"--gin.MIXTURE_OR_TASK_NAME={task}"]
     argv += [f"--gin.MODEL_DIR={os.path.join(OUTPUT_DIR.value, name)}"]
@@ -66,12 +67,12 @@ def run(name: str, argv: list[str]) -> report.Arm:
 def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     values = configure.parse_argv(argv)
-    distilled = run(STEP_BY_STEP, command(STEP_BY_STEP, values.gin_bindings))
+    distilled = run(STEP_BY_STEP, command(STEP_BY_STEP, values.gin_bindings, STEPS.value))
 
     # As many steps on labels alone as make up the same number of training tokens.
-    settings = configure.resolved_arguments(train.train, command(LABEL_ONLY, values.gin_bindings))[
-        "data"
-    ]
+    settings = configure.resolved_arguments(
+        train.train, command(LABEL_ONLY, values.gin_bindings, STEPS.value)
+    )["data"]
     batches = data.TrainBatches(data.load(settings, "train"), settings)
     per_step = np.mean([batches.tokens(rows) for rows in batches.plan(0).batches])
     steps = round(distilled.tokens / per_step)

@@ -9,4 +9,5 @@ source scripts/_venv.sh
 prepare_venv "test${DISTILL_EXTRAS:+,$DISTILL_EXTRAS}"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check --quiet .
-"$VENV/bin/python" -m pytest "$@"
+# loadfile: the tests of one file share what its fixtures trained.
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
