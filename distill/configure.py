@@ -1010,6 +1010,8 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = 
     if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in argv[1:]):
         print(_help_text())
         sys.exit(0)
+    # A script's own folder is on the path, the one that the user is in is not; tasks may lie there.
+    sys.path.append(os.getcwd())
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_worth_showing)
     logging.get_absl_handler().setFormatter(std_logging.Formatter("%(message)s"))

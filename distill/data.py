@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from absl import logging
+from etils import epath
 
 from distill import vocabulary as vocabulary_lib
 
@@ -176,14 +177,20 @@ class Corpus:
         return {int(g) for task in self.tasks for g in np.unique(task.loss_groups)}
 
 
-def load(config: DataConfig, split: str) -> Corpus:
+def load(config: DataConfig, split: str, *, prepared: bool = False) -> Corpus:
     """Reads a split of the mixture from the cache, after building it if it is not fresh.
+
+    Args:
+      config: names the mixture, and what its rows depend on.
+      split: `train`, `validation` or `test`.
+      prepared: the caller has just called `prepare`; do not look again.
 
     Raises:
       ValueError: unknown task, or rows that do not add up (from the task's source).
       FileNotFoundError: the task's data is missing; NoSplitError where it never had this split.
     """
-    prepare(config, (split,))
+    if not prepared:
+        prepare(config, (split,))
     return _read(_folder(config, split))
 
 
@@ -252,7 +259,7 @@ def _folder(config: DataConfig, split: str) -> pathlib.Path:
         "format": CACHE_FORMAT,
         "mixture": config.mixture_or_task_name,
         "module": config.mixture_or_task_module,
-        "data_dir": config.data_dir and os.path.abspath(config.data_dir),
+        "data_dir": config.data_dir and _absolute(config.data_dir),
         "vocabulary": config.vocabulary,
         "split": split,
     }
@@ -261,8 +268,12 @@ def _folder(config: DataConfig, split: str) -> pathlib.Path:
     return root / f"{config.mixture_or_task_name}-{split}-{key}"
 
 
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
 def _sha256(path) -> str:
-    with open(path, "rb") as f:
+    with epath.Path(path).open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -293,7 +304,7 @@ def _is_fresh(folder: pathlib.Path, config: DataConfig) -> bool:
     return (
         manifest["code"] == _code_hash(config.mixture_or_task_module)
         and manifest["vocabulary"] == vocabulary_lib.load(config.vocabulary).fingerprint
-        and all(os.path.exists(f) and _sha256(f) == h for f, h in manifest["files"].items())
+        and all(epath.Path(f).exists() and _sha256(f) == h for f, h in manifest["files"].items())
     )
 
 
@@ -314,6 +325,7 @@ def _build(folder: pathlib.Path, config: DataConfig, split: str) -> None:
     try:
         members, digest = [], hashlib.sha256()
         for number, member in enumerate(() if lacking else info.members):
+            _require_vocabulary(task.lookup(member.name), config)
             rows = list(task.tokenized_rows(member.name, split))
             arrays = {
                 "loss_groups": np.asarray([r["loss_group"] for r in rows], np.int32),
@@ -343,10 +355,25 @@ def _build(folder: pathlib.Path, config: DataConfig, split: str) -> None:
         }
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
-    except BaseException:
+        try:
+            new.rename(folder)
+        except OSError:
+            if not _is_fresh(folder, config):  # else another run has just built the same
+                raise
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        raise
+
+
+def _require_vocabulary(provider, config: DataConfig) -> None:
+    """A task from elsewhere brings its own vocabulary; it must be the student's."""
+    bound = vocabulary_lib.load(config.vocabulary).as_seqio()
+    for key in ("inputs", "targets"):
+        own = provider.output_features[key].vocabulary
+        if own != bound:
+            raise ValueError(
+                f"{provider.name} tokenises its {key} with {own}, but VOCABULARY is "
+                f"{config.vocabulary!r} ({bound}): set --gin.VOCABULARY to the task's own."
+            )
 
 
 def _flat(feature: str, rows: list[dict]) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from etils import epath
 from distill import checkpoints, data, decode, metrics, partitioning, t5
 from distill import vocabulary as vocabulary_lib
 
-# The published code decodes 64 tokens; an answer is far shorter.
-MAX_DECODE_LENGTH = 64
+# The published code decodes 64 tokens. Where gold labels are longer (in bytes, say), so is this.
+MIN_DECODE_LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Score:
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, binomial: sqrt(p (1 - p) / n)."""
-        return metrics.standard_error(self.metrics.get("accuracy", math.nan), self.n)
+        """Of the accuracy, binomial: sqrt(p (1 - p) / n); NaN where there is no such fraction."""
+        accuracy = self.metrics.get("accuracy", math.nan)
+        return metrics.standard_error(accuracy, self.n) if 0 <= accuracy <= 1 else math.nan
 
 
 def metric_function(name: str):
@@ -73,7 +75,7 @@ def predict(
     mesh,
     *,
     batch_size: int = 64,
-    max_length: int = MAX_DECODE_LENGTH,
+    max_length: int = MIN_DECODE_LENGTH,
 ) -> list[str]:
     """Greedy answers, in the order of the inputs.
 
@@ -94,8 +96,10 @@ def predict(
         tokens = np.zeros((batch_size, padded), np.int32)
         for r, index in enumerate(rows):
             tokens[r, : lengths[index]] = inputs[index]
-        tokens = partitioning.shard_batch(mesh, {"tokens": tokens})["tokens"]
-        output = jax.device_get(decode.greedy(params, tokens, model=net, max_length=max_length))
+        tokens = partitioning.shard_whole(mesh, tokens)
+        output = partitioning.gather(
+            decode.greedy(params, tokens, model=net, max_length=max_length)
+        )
         for r, index in enumerate(rows):
             answers[index] = vocabulary.decode(output[r].tolist())
     return answers
@@ -129,7 +133,11 @@ def score_tasks(
             continue
         limit = data.MAX_LENGTHS["inputs"]
         inputs = [data.truncate(task.inputs[i], limit) for i in range(n)]
-        answers = predict(params, net, inputs, vocabulary, mesh, batch_size=batch_size)
+        longest = -(-int(task.targets.lengths.max()) // 16) * 16
+        answers = predict(
+            params, net, inputs, vocabulary, mesh, batch_size=batch_size,
+            max_length=max(MIN_DECODE_LENGTH, longest),
+        )  # fmt: skip
         values: dict[str, float] = {}
         for name in task.metrics:
             values |= metric_function(name)(task.labels[:n], answers)
@@ -167,20 +175,20 @@ class EvaluateConfig:
     Attributes:
       checkpoint_path: a MODEL_DIR, or one of its checkpoint folders.
       mixture_or_task_name: None = the mixture that the checkpoint was trained on.
-      mixture_or_task_module: the module whose import registers it.
+      mixture_or_task_module: the module whose import registers it; None = the run's.
       split: `validation` or `test`.
       restore_mode: of a MODEL_DIR `latest` or `all` checkpoints; `specific` demands one folder.
       eval_output_dir: where predictions and metrics go; None = `inference_eval` in MODEL_DIR.
       num_examples: only the first so many of each task.
       batch_size: rows decoded together.
-      data_dir: see `data.DataConfig`.
+      data_dir: None = $DISTILL_DATA_DIR, else the run's.
       vocabulary: None = the one that the checkpoint was trained with.
       cache_dir: see `data.DataConfig`.
     """
 
     checkpoint_path: str
     mixture_or_task_name: str | None = None
-    mixture_or_task_module: str = "tasks"
+    mixture_or_task_module: str | None = None
     split: str = "test"
     restore_mode: str = "latest"
     eval_output_dir: str | None = None
@@ -222,12 +230,12 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
             f"No checkpoint in {path}: give a MODEL_DIR or a checkpoint_<step> folder "
             "(--gin.CHECKPOINT_PATH=...)."
         )
-    single = folders[0] == path
+    single = folders[0].name == path.name
     if config.restore_mode == "specific" and not single:
         raise ValueError(f"restore_mode='specific' needs one checkpoint folder, not {path}.")
     if config.restore_mode != "all":
         folders = folders[-1:]
-    model_dir = path.parent if single else path
+    model_dir = folders[0].parent
     output = epath.Path(config.eval_output_dir or model_dir / "inference_eval").expanduser()
 
     mesh = partitioning.make_mesh(partitioning.MeshConfig())
@@ -245,9 +253,11 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
             raise ValueError(f"No task of {corpus.name!r} has a metric, so there is no accuracy.")
         for score in scores:
             results.append((folder.name, score))
-            write_score(output, score, metadata["step"])
-    print(table(results))
-    logging.info("Predictions and metrics are in %s", output)
+            if jax.process_index() == 0:
+                write_score(output, score, metadata["step"])
+    if jax.process_index() == 0:
+        print(table(results))
+        logging.info("Predictions and metrics are in %s", output)
     return results
 
 
@@ -278,8 +288,8 @@ def _corpus(config: EvaluateConfig, metadata: dict):
     """The rows to score a checkpoint on, in the student's own vocabulary."""
     data_config = data.DataConfig(
         mixture_or_task_name=config.mixture_or_task_name or metadata["mixture"],
-        mixture_or_task_module=config.mixture_or_task_module,
-        data_dir=config.data_dir or metadata["data_dir"],
+        mixture_or_task_module=config.mixture_or_task_module or metadata["module"],
+        data_dir=config.data_dir or os.environ.get("DISTILL_DATA_DIR") or metadata["data_dir"],
         vocabulary=config.vocabulary or metadata["vocabulary"],
         cache_dir=config.cache_dir,
     )

@@ -183,6 +183,20 @@ def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     }
 
 
+def shard_whole(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """An array that every process holds whole -> a global one with its rows over the mesh."""
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda i: array[i])
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """The whole array on every process, wherever its rows are."""
+    if jax.process_count() == 1:
+        return np.asarray(jax.device_get(array))
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 def activation_constraint(mesh: Mesh):
     """The `constrain` of `t5.T5`: pins an activation to the mesh by its logical axis names."""
     if mesh.size == 1:

@@ -564,6 +564,8 @@ def import_module(module: str = DEFAULT_MODULE) -> None:
         ) from e
     if module not in _modules:
         _modules.append(module)
+    if folders := os.environ.get("DISTILL_SEQIO_CACHE_DIRS"):  # --seqio_additional_cache_dirs
+        seqio.add_global_cache_dirs(folders.split(","))
 
 
 def lookup(name: str) -> seqio.Task | seqio.Mixture:
@@ -655,7 +657,7 @@ def tokenized_rows(
     Args:
       task_name: a task, not a mixture.
       split: "train", "validation" or "test".
-      use_cached: read what `seqio_cache_tasks` wrote (for foreign tasks).
+      use_cached: demand what `seqio_cache_tasks` wrote; where it is found it is read anyway.
 
     Yields:
       `inputs`, `targets` (int32 [length]), `inputs_pretokenized`, `targets_pretokenized`,
@@ -671,6 +673,7 @@ def tokenized_rows(
         raise ValueError(f"{task_name!r} is a mixture; ask for one of its tasks: {members}")
     if split not in provider.splits:
         raise ValueError(f"{task_name} has no split {split!r}; it has {', '.join(provider.splits)}")
+    use_cached = use_cached or (provider.supports_caching and provider.cache_dir is not None)
     dataset = provider.get_dataset(
         sequence_length=None,
         split=split,

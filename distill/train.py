@@ -8,6 +8,7 @@ again in the same MODEL_DIR goes on where its newest checkpoint ends.
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -254,7 +255,7 @@ def train(
 
     # 1. Data, all splits, so that what is missing is known before anything is computed.
     data_lib.prepare(data, ("train", "validation", "test"))
-    corpus = data_lib.load(data, "train")
+    corpus = data_lib.load(data, "train", prepared=True)
     objective.check_groups(corpus.loss_groups, corpus.name)
     vocabulary = vocabulary_lib.load(data.vocabulary)
     if vocabulary.size > model.vocab_size:
@@ -279,8 +280,9 @@ def train(
     updates = last_step - base_step
     if updates < 1:
         raise ValueError(
-            f"TRAIN_STEPS={config.train_steps}, but {config.initial_checkpoint_path} is at step "
-            f"{base_step} already. Set TRAIN_STEPS_RELATIVE to the number of updates to make."
+            f"TRAIN_STEPS={config.train_steps}, but the run starts from step {base_step} "
+            f"(INITIAL_CHECKPOINT_PATH={config.initial_checkpoint_path}). Set "
+            "TRAIN_STEPS_RELATIVE to the number of updates to make."
         )
     tx = optimizer.build(updates)
     learning_rate = optimizer.learning_rate_at(updates)
@@ -289,6 +291,11 @@ def train(
     if progress.data:
         _check_same_data(progress.data, fingerprint, config)
     start_step = int(state.step)
+    if start_step > last_step:
+        raise ValueError(
+            f"{config.model_dir} has a checkpoint of step {start_step}, beyond TRAIN_STEPS="
+            f"{last_step}. Raise TRAIN_STEPS, or choose another MODEL_DIR."
+        )
 
     # 3. Programs.
     step_fn = jax.jit(
@@ -322,6 +329,7 @@ def train(
             **dataclasses.asdict(progress),
             "data": fingerprint,
             "mixture": data.mixture_or_task_name,
+            "module": data.mixture_or_task_module,
             "vocabulary": data.vocabulary,
             "data_dir": data.data_dir,
             "model": dataclasses.asdict(model),
@@ -357,8 +365,8 @@ def train(
                 window.restart()
             if pending:
                 window.add(*pending)
-            pending = step, jax.tree.map(jnp.asarray, scalars)
-            window.count(batch)
+            pending = step, scalars
+            window.count(batch, timed=step > start_step + 1)  # the first step compiles
             bar.update()
 
             is_last = step == last_step
@@ -369,8 +377,9 @@ def train(
                 report = window.close(step, last_step)
                 writer.write("train", step, report)
                 _show(bar, step, last_step, report)
-            evaluated = (step % config.eval_period == 0 or is_last) and validation is not None
-            if evaluated and not stop:
+            due = (step % config.eval_period == 0 or is_last) and validation is not None
+            evaluated = due and not stop  # who stops us may not wait for an evaluation
+            if evaluated:
                 scores = examine(validation, state.params, step, progress, writer, bar)
                 window.restart()
             if step % config.checkpoint_period == 0 or is_last or stop:
@@ -446,19 +455,25 @@ class _HeldOut:
 
 def _held_out(config: data_lib.DataConfig, split: str, shards: int) -> _HeldOut | None:
     try:
-        corpus = data_lib.load(config, split)
+        corpus = data_lib.load(config, split, prepared=True)
     except data_lib.NoSplitError as e:
         logging.warning("Not evaluating on %s: %s", split, e)
         return None
+    if not any(map(len, corpus.tasks)):
+        logging.warning("Not evaluating on %s: %s has no rows there.", split, corpus.name)
+        return None
+    for task in corpus.tasks:
+        for name in task.metrics:
+            evaluate.metric_function(name)  # one that cannot be imported is an error now
     everything = dataclasses.replace(config, num_train_examples=None)
     return _HeldOut(corpus, data_lib.TrainBatches(corpus, everything, shards))
 
 
 def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
     """1 on accelerators; on a CPU as many as keep a part at CPU_TOKENS_PER_MICROBATCH."""
-    rows = batches.plan(0).rows
     if jax.default_backend() != "cpu":
         return 1
+    rows = batches.plan(0, True).rows
     shards = batches.row_multiple
     wanted = math.ceil(rows * sum(batches.capacity.values()) / CPU_TOKENS_PER_MICROBATCH / shards)
     if batches.config.pairs_per_step is not None:  # rows can be rounded up
@@ -482,8 +497,11 @@ def _initial_params(
                 "INITIAL_CHECKPOINT_PATH=%s is not used: %s has a checkpoint of this run, step %d.",
                 path, saver.folder, newest,
             )  # fmt: skip
-        metadata = checkpoints.read_metadata(saver.folder / f"checkpoint_{newest}")
-        return None, metadata["base_step"]
+        for step in reversed(saver.steps()):
+            with contextlib.suppress(ValueError):  # damaged: restoring quarantines it
+                metadata = checkpoints.read_metadata(saver.folder / f"checkpoint_{step}")
+                return None, metadata["base_step"]
+        raise FileNotFoundError(f"No intact checkpoint in {saver.folder}.")
 
     abstract = evaluate.abstract_params(net, mesh)
     if path is None:
@@ -605,8 +623,12 @@ class MetricWriter:
         for name, value in finite.items():
             if value is not None:
                 self._boards[kind].add_scalar(name, value, step)
-        with (self._folder / kind / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps({"step": step, **finite}) + "\n")
+        path, line = self._folder / kind / "metrics.jsonl", json.dumps({"step": step, **finite})
+        if "://" in str(path):  # object stores cannot append
+            path.write_text((path.read_text() if path.exists() else "") + line + "\n")
+            return
+        with path.open("a") as f:
+            f.write(line + "\n")
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -634,10 +656,12 @@ class _Window:
         """Starts the clock again after something that is not training."""
         self._clock = time.monotonic()
 
-    def count(self, batch: data_lib.Batch) -> None:
+    def count(self, batch: data_lib.Batch, timed: bool) -> None:
         now = time.monotonic()
-        self._seconds += now - self._clock
-        self._clock = now
+        seconds, self._clock = now - self._clock, now
+        if not timed:
+            return
+        self._seconds += seconds
         self._steps += 1
         self._tokens += batch.tokens
         self._examples += batch.examples
@@ -664,13 +688,14 @@ class _Window:
             values = [s[name] for s in self._scalars if math.isfinite(s[name])]
             report[name] = float(np.mean(values)) if values else math.nan
         report["learning_rate"] = float(self._learning_rate(step - 1 - self._base_step))
-        seconds = max(self._seconds, 1e-9)
-        report["timing/tokens_per_second"] = self._tokens / seconds
-        report["timing/seqs_per_second_per_core"] = self._rows / seconds / jax.local_device_count()
-        report["timing/eta_seconds"] = (last_step - step) * seconds / self._steps
-        report["batch/examples"] = self._examples / self._steps
-        report["batch/rows"] = self._rows / self._steps
-        report["batch/tokens"] = self._tokens / self._steps
+        if self._steps:
+            seconds, devices = max(self._seconds, 1e-9), jax.local_device_count()
+            report["timing/tokens_per_second"] = self._tokens / seconds
+            report["timing/seqs_per_second_per_core"] = self._rows / seconds / devices
+            report["timing/eta_seconds"] = (last_step - step) * seconds / self._steps
+            report["batch/examples"] = self._examples / self._steps
+            report["batch/rows"] = self._rows / self._steps
+            report["batch/tokens"] = self._tokens / self._steps
         self._scalars = []
         self._seconds = self._tokens = self._examples = self._rows = self._steps = 0
         return report
@@ -683,11 +708,11 @@ def _show(bar: tqdm, step: int, last_step: int, report: dict[str, float]) -> Non
         for name, value in report.items()
         if name.startswith("cross_ent_loss/") and math.isfinite(value)
     )
-    speed = f"{report['timing/tokens_per_second']:,.0f} tokens/s"
+    speed = f"{report.get('timing/tokens_per_second', math.nan):,.0f} tokens/s"
     if not bar.disable:
         bar.set_postfix_str(f"loss {report['loss']:.3f} ({groups}), {speed}")
     elif jax.process_index() == 0:
-        eta = time.strftime("%H:%M:%S", time.gmtime(report["timing/eta_seconds"]))
+        eta = datetime.timedelta(seconds=int(report.get("timing/eta_seconds", 0)))
         print(
             f"step {step}/{last_step}  loss {report['loss']:.4f} ({groups})  {speed}  ETA {eta}",
             flush=True,
@@ -733,7 +758,7 @@ def _evaluate(
 
 def _summary(corpus, batches, net, config, steps, num_microbatches) -> str:
     """What is about to run, in a few lines."""
-    plan = batches.plan(0)
+    plan = batches.plan(0, True)
     per_step = np.mean(plan.examples)
     tokens = np.mean([batches.tokens(rows) for rows in plan.batches])
     room = plan.rows * sum(batches.capacity.values())

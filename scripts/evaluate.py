@@ -9,7 +9,7 @@ Give eval.gin and macros (upper case):
   EVAL_OUTPUT_DIR       where results go; below CHECKPOINT_PATH otherwise
   BATCH_SIZE            examples at a time; does not change the result
 
-All macros are in gin_configs/runs/eval.gin. What is already evaluated is not evaluated again.
+All macros are in gin_configs/runs/eval.gin. Results are kept per task, split and step.
 
 The latest checkpoint:
 

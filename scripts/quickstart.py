@@ -67,6 +67,11 @@ def run(name: str, argv: list[str]) -> report.Arm:
 def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     values = configure.parse_argv(argv)
+    if values.gin_file or values.dry_run:
+        raise ValueError(
+            "quickstart takes --gin.NAME=value settings only; its two commands are printed when it "
+            "starts, and scripts/train.py takes everything."
+        )
     distilled = run(STEP_BY_STEP, command(STEP_BY_STEP, values.gin_bindings, STEPS.value))
 
     # As many steps on labels alone as make up the same number of training tokens.

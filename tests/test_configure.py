@@ -391,6 +391,11 @@ def test_config_gin_is_written_and_changes_are_shown(tmp_path, caplog):
     configure._write_config(str(tmp_path / "run"), "A = 1\nB = 2\n")
     assert (tmp_path / "run" / "config.gin").read_text() == "A = 1\nB = 2\n"
     assert not caplog.records
+    configure._write_config(str(tmp_path / "run"), "A = 1\nB = 4\n")
+    assert not caplog.text  # nothing was trained with the first one
+    (tmp_path / "run" / "checkpoint_1").mkdir()
+    configure._write_config(str(tmp_path / "run"), "A = 1\nB = 2\n")
+    caplog.clear()
     configure._write_config(str(tmp_path / "run"), "A = 1\nB = 3\n")
     assert "-B = 2" in caplog.text and "+B = 3" in caplog.text and "A = 1" not in caplog.text
     (tmp_path / "file").touch()

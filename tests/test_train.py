@@ -93,7 +93,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["cross_ent_loss/label"] < rows[0]["cross_ent_loss/label"]
     assert rows[-1]["cross_ent_loss/rationale"] < rows[0]["cross_ent_loss/rationale"]
-    assert rows[0]["batch/examples"] == 8 and rows[0]["learning_rate"] == pytest.approx(1e-3)
+    assert rows[1]["batch/examples"] == 8 and rows[0]["learning_rate"] == pytest.approx(1e-3)
     predictions = folder / "inference_eval" / "arithmetic_predict-test-6.jsonl"
     assert len(predictions.read_text().splitlines()) == 4
 
