@@ -1,96 +1,91 @@
-"""Mixture name -> deterministic, packed batches.
+"""Tokenised rows -> deterministic, packed batches.
 
-    corpus = load(config, "train")                  # tokenised rows, from a cache on disk
-    batches = TrainBatches(corpus, config)          # what a batch holds, as a pure plan
-    for batch in batches.iterate(Position(0, 0)):   # numpy arrays under T5X's batch keys
+    corpus = cache.load(config, "train")               # tokenised rows, see cache.py
+    batches = TrainBatches(corpus, config, flops)      # what a batch holds, as a pure plan
+    for batch in batches.iterate(Position()):          # numpy arrays under T5X's batch keys
         ...
-
-A mixture's rows are tokenised once. The cache's manifest holds the hashes of all that decided them,
-so a fresh cache is recognised, and training starts, without importing SeqIO and TensorFlow.
 
 The sequences that share an `example_id` (the `predict` and the `explain` sequence of an example)
 are one *pair*: they are always in the same batch, as in Hsieh et al. 2023, though not necessarily
-in the same packed row. A plan (which sequence lies in which row of which batch) is a pure function
-of (rows, config, epoch); to resume is to name an epoch and a batch, on any number of hosts.
+in the same packed row.
+
+An epoch is shuffled as a whole and cut into shards of at most 65,536 pairs. A plan (which sequence
+lies in which row of which batch) is made for one shard at a time, from the lengths alone, while the
+shard before it is trained on; it is a pure function of (rows, config, epoch, shard). To resume is
+to name an epoch, a shard and a batch, on any number of hosts; each host reads only its own rows.
 """
 
-import collections
+import concurrent.futures
+import copy
 import dataclasses
 import functools
-import hashlib
-import importlib.util
-import json
-import os
-import pathlib
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
-from absl import logging
-from etils import epath
+from absl import flags
 
+from distill import cache, packing, sources
 from distill import vocabulary as vocabulary_lib
 
-CACHE_FORMAT = 1
 # Where the lengths come from the data, longer sequences are still cut here: the published limits.
 MAX_LENGTHS = {"inputs": 1024, "targets": 256}
-# How many pairs in a row may fail to fit before a batch is closed; they lead the next one.
-LOOKAHEAD = 64
-
-
-class NoSplitError(FileNotFoundError):
-    """The mixture has no such split at all, which is no fault where the split is optional."""
+SHARD_PAIRS = 1 << 16
+# Pairs on which row lengths are tried.
+SAMPLE_PAIRS = 4096
+# Changes when the same rows and configuration give other batches than before.
+PLAN_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(cache.RowsConfig):
     """What to train on and how to batch it.
 
     Attributes:
-      mixture_or_task_name: a SeqIO task or mixture, e.g. `svamp_step_by_step`.
-      mixture_or_task_module: the module whose import registers it.
-      data_dir: folder of the datasets; None = $DISTILL_DATA_DIR.
-      vocabulary: `bytes`, a SentencePiece file or a Hugging Face folder; None =
-        $DISTILL_VOCABULARY, else `bytes`.
+      mixture_or_task_name: this and the others of `cache.RowsConfig` say what to read.
       feature_lengths: tokens per packed row, `{"inputs": ..., "targets": ...}`; longer sequences
-        are cut, EOS kept. None = chosen from the data.
+        are cut, EOS kept. None = those that waste least on this data and model.
+      row_budget: tokens, inputs and targets together, that a row may have where the lengths are
+        chosen.
       batch_size: packed rows per step, as in T5X.
       pairs_per_step: examples per step instead, in as many rows as they need.
-      num_train_examples: train on a random subset of this size, drawn by the seed.
+      train_fraction: train on this fraction of the dataset's examples, in (0, 1]; drawn by the
+        seed, the same for every method, and a smaller one lies within a larger one.
+      num_train_examples: the same as a number.
       seed: of the order of the examples.
-      cache_dir: where tokenised rows are kept; None = $DISTILL_CACHE_DIR, else
-        `~/.cache/distill-step-by-step`.
+      loader_processes: processes that assemble batches; 0 = threads of this one, which is enough
+        for about 500 thousand tokens a second.
     """
 
-    mixture_or_task_name: str
-    mixture_or_task_module: str = "tasks"
-    data_dir: str | None = None
-    vocabulary: str | None = None
     feature_lengths: Mapping[str, int] | None = None
+    row_budget: int = 1024
     batch_size: int | None = 128
     pairs_per_step: int | None = None
+    train_fraction: float | None = None
     num_train_examples: int | None = None
     seed: int = 0
-    cache_dir: str | None = None
+    loader_processes: int = 0
 
     def __post_init__(self):
-        def default(field: str, variable: str, last: str | None) -> None:
-            value = getattr(self, field) or os.environ.get(variable) or last
-            object.__setattr__(self, field, value)
-
-        default("data_dir", "DISTILL_DATA_DIR", None)
-        default("vocabulary", "DISTILL_VOCABULARY", "bytes")
-        default("cache_dir", "DISTILL_CACHE_DIR", "~/.cache/distill-step-by-step")
+        super().__post_init__()
         if self.batch_size is None and self.pairs_per_step is None:
             raise ValueError("Set BATCH_SIZE (packed rows) or PAIRS_PER_STEP (examples).")
-        for field in ("batch_size", "pairs_per_step", "num_train_examples"):
+        for field in ("batch_size", "pairs_per_step", "num_train_examples", "row_budget"):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"DataConfig.{field} must be a positive integer, not {value!r}.")
+        if not isinstance(self.loader_processes, int) or self.loader_processes < 0:
+            raise ValueError(
+                f"DataConfig.loader_processes must be an integer >= 0, not "
+                f"{self.loader_processes!r}."
+            )
+        if self.train_fraction is not None:
+            if not 0 < self.train_fraction <= 1:
+                raise ValueError(f"TRAIN_FRACTION must be in (0, 1], not {self.train_fraction!r}.")
+            if self.num_train_examples is not None:
+                raise ValueError("Set TRAIN_FRACTION or NUM_TRAIN_EXAMPLES, not both.")
         if self.feature_lengths is not None:
             lengths = dict(self.feature_lengths)
             if set(lengths) != {"inputs", "targets"} or min(lengths.values()) < 2:
@@ -100,317 +95,13 @@ class DataConfig:
                 )
 
 
-# --- Rows, tokenised once and cached --------------------------------------------------------------
-
-
-class Ragged:
-    """Sequences of different lengths in one flat array."""
-
-    def __init__(self, values: np.ndarray, offsets: np.ndarray):
-        self.values, self.offsets = values, offsets
-
-    @classmethod
-    def of(cls, sequences: list[np.ndarray]) -> "Ragged":
-        offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
-        flat = np.concatenate(sequences) if sequences else np.zeros(0)
-        return cls(flat.astype(np.int32), offsets)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskRows:
-    """The tokenised rows of one task's split.
-
-    Attributes:
-      name: of the SeqIO task.
-      rate: mixing rate in the mixture it was loaded for.
-      metrics: names of its metric functions (`distill.metrics.METRICS`, else `module:function`).
-      inputs: token ids, EOS last.
-      targets: token ids, EOS last.
-      loss_groups: int32 [n].
-      example_ids: shared by the sequences of one example.
-      labels: the gold label of each row, text.
-      texts: the input of each row before tokenising.
-    """
-
-    name: str
-    rate: float
-    metrics: tuple[str, ...]
-    inputs: Ragged
-    targets: Ragged
-    loss_groups: np.ndarray
-    example_ids: list[str]
-    labels: list[str]
-    texts: list[str]
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """A mixture's split, tokenised.
-
-    Attributes:
-      name: of the mixture or task.
-      split: `train`, `validation` or `test`.
-      tasks: the rows of each member.
-      fingerprint: sha256 over all rows; two corpora with the same one give the same batches.
-    """
-
-    name: str
-    split: str
-    tasks: list[TaskRows]
-    fingerprint: str
-
-    @property
-    def loss_groups(self) -> set[int]:
-        return {int(g) for task in self.tasks for g in np.unique(task.loss_groups)}
-
-
-def load(config: DataConfig, split: str, *, prepared: bool = False) -> Corpus:
-    """Reads a split of the mixture from the cache, after building it if it is not fresh.
-
-    Args:
-      config: names the mixture, and what its rows depend on.
-      split: `train`, `validation` or `test`.
-      prepared: the caller has just called `prepare`; do not look again.
-
-    Raises:
-      ValueError: unknown task, or rows that do not add up (from the task's source).
-      FileNotFoundError: the task's data is missing; NoSplitError where it never had this split.
-    """
-    if not prepared:
-        prepare(config, (split,))
-    return _read(_folder(config, split))
-
-
-def prepare(config: DataConfig, splits: Sequence[str]) -> None:
-    """Builds the caches of those splits that are not fresh, in one process of its own.
-
-    That process imports SeqIO and TensorFlow (seconds, and 800 MB), so that this one never does.
-
-    Raises:
-      As `load`, but a split that the mixture never had is no error here.
-    """
-    stale = [split for split in splits if not _is_fresh(_folder(config, split), config)]
-    if not stale:
-        return
-    logging.info(
-        "Tokenising %s, %s, into %s",
-        config.mixture_or_task_name, " and ".join(stale), config.cache_dir,
-    )  # fmt: skip
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "CUDA_VISIBLE_DEVICES": "",  # TensorFlow would take the accelerator's memory
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = pathlib.Path(folder) / "outcome.json"
-        request = json.dumps([dataclasses.asdict(config), stale, str(outcome)])
-        child = subprocess.run(
-            [sys.executable, "-m", "distill.data", request],
-            env=environment, stderr=subprocess.PIPE, text=True, errors="replace",
-        )  # fmt: skip
-        failure = json.loads(outcome.read_text()) if outcome.exists() else None
-    if failure is not None:
-        kinds = (ValueError, FileNotFoundError, ModuleNotFoundError)
-        raise {kind.__name__: kind for kind in kinds}[failure["kind"]](failure["message"])
-    if child.returncode:
-        raise RuntimeError(f"Tokenising failed (exit {child.returncode}):\n{child.stderr}")
-    for line in child.stderr.splitlines():
-        if not _TENSORFLOW_NOTE.match(line):
-            logging.warning(line)
-
-
-# What TensorFlow says of itself whenever it is imported on a machine without a GPU.
-_TENSORFLOW_NOTE = re.compile(r"[IWE]0000 |WARNING: All log messages before absl|\s*$")
-
-
-def _build_all(request: str) -> int:
-    """What the process of `prepare` does; user errors go into a file, others are raised."""
-    settings, splits, outcome = json.loads(request)
-    config = DataConfig(**settings)
-    try:
-        for split in splits:
-            _build(_folder(config, split), config, split)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        kind = next(
-            k for k in (ModuleNotFoundError, FileNotFoundError, ValueError) if isinstance(error, k)
-        )
-        failure = {"kind": kind.__name__, "message": str(error)}
-        pathlib.Path(outcome).write_text(json.dumps(failure))
-        return 1
-    return 0
-
-
-def _folder(config: DataConfig, split: str) -> pathlib.Path:
-    """Where the rows of a split are kept: by all that names them."""
-    identity = {
-        "format": CACHE_FORMAT,
-        "mixture": config.mixture_or_task_name,
-        "module": config.mixture_or_task_module,
-        "data_dir": config.data_dir and _absolute(config.data_dir),
-        "vocabulary": config.vocabulary,
-        "split": split,
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    root = pathlib.Path(config.cache_dir).expanduser()
-    return root / f"{config.mixture_or_task_name}-{split}-{key}"
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
-
-
-def _sha256(path) -> str:
-    with epath.Path(path).open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _code_hash(module: str) -> str:
-    """Hash of the source that decides the rows: the task module and the code that tokenises."""
-    top = importlib.util.find_spec(module.split(".")[0])  # finding a top level imports nothing
-    if top is None:
-        raise ValueError(
-            f"There is no module {module!r} to import tasks from. Set MIXTURE_OR_TASK_MODULE to "
-            "one on the Python path (the default is 'tasks')."
-        )
-    here = pathlib.Path(__file__).parent
-    files = [here / "task.py", here / "vocabulary.py"]
-    for folder in top.submodule_search_locations or ():
-        files += sorted(pathlib.Path(folder).rglob("*.py"))
-    if not top.submodule_search_locations:
-        files.append(pathlib.Path(top.origin))
-    return hashlib.sha256("".join(_sha256(f) for f in files).encode()).hexdigest()
-
-
-def _is_fresh(folder: pathlib.Path, config: DataConfig) -> bool:
-    manifest = folder / "manifest.json"
-    if not manifest.exists():
-        return False
-    manifest = json.loads(manifest.read_text())
-    if manifest["files"] is None:  # a foreign SeqIO task: nobody knows what it reads
-        return False
-    return (
-        manifest["code"] == _code_hash(config.mixture_or_task_module)
-        and manifest["vocabulary"] == vocabulary_lib.load(config.vocabulary).fingerprint
-        and all(epath.Path(f).exists() and _sha256(f) == h for f, h in manifest["files"].items())
-    )
-
-
-def _build(folder: pathlib.Path, config: DataConfig, split: str) -> None:
-    """Tokenises through SeqIO into a temporary folder beside `folder`, then renames it.
-
-    That a mixture has no such split is cached too.
-    """
-    from distill import task  # imports SeqIO and TensorFlow
-
-    task.bind(data_dir=config.data_dir, vocabulary=config.vocabulary)
-    task.import_module(config.mixture_or_task_module)
-    info = task.describe(config.mixture_or_task_name)
-    lacking = [m.name for m in info.members if split not in task.lookup(m.name).splits]
-    files = [] if lacking else info.files(split)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        members, digest = [], hashlib.sha256()
-        for number, member in enumerate(() if lacking else info.members):
-            _require_vocabulary(task.lookup(member.name), config)
-            rows = list(task.tokenized_rows(member.name, split))
-            arrays = {
-                "loss_groups": np.asarray([r["loss_group"] for r in rows], np.int32),
-                **_flat("inputs", rows),
-                **_flat("targets", rows),
-            }
-            texts = {
-                "example_ids": [r["example_id"] for r in rows],
-                "labels": [r["label"] for r in rows],
-                "texts": [r["inputs_pretokenized"] for r in rows],
-            }
-            np.savez(new / f"{number}.npz", **arrays)
-            (new / f"{number}.json").write_text(json.dumps(texts))
-            for name in sorted(arrays):
-                digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-            digest.update(json.dumps([member.name, member.rate, texts]).encode())
-            members.append({"name": member.name, "rate": member.rate, "metrics": member.metrics})
-        manifest = {
-            "mixture": config.mixture_or_task_name,
-            "split": split,
-            "lacking": lacking,
-            "members": members,
-            "code": _code_hash(config.mixture_or_task_module),
-            "vocabulary": vocabulary_lib.load(config.vocabulary).fingerprint,
-            "files": None if files is None else {str(f): _sha256(f) for f in files},
-            "fingerprint": digest.hexdigest(),
-        }
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            new.rename(folder)
-        except OSError:
-            if not _is_fresh(folder, config):  # else another run has just built the same
-                raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _require_vocabulary(provider, config: DataConfig) -> None:
-    """A task from elsewhere brings its own vocabulary; it must be the student's."""
-    bound = vocabulary_lib.load(config.vocabulary).as_seqio()
-    for key in ("inputs", "targets"):
-        own = provider.output_features[key].vocabulary
-        if own != bound:
-            raise ValueError(
-                f"{provider.name} tokenises its {key} with {own}, but VOCABULARY is "
-                f"{config.vocabulary!r} ({bound}): set --gin.VOCABULARY to the task's own."
-            )
-
-
-def _flat(feature: str, rows: list[dict]) -> dict[str, np.ndarray]:
-    ragged = Ragged.of([row[feature] for row in rows])
-    return {feature: ragged.values, f"{feature}_offsets": ragged.offsets}
-
-
-def _read(folder: pathlib.Path) -> Corpus:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest["lacking"]:
-        raise NoSplitError(f"{', '.join(manifest['lacking'])}: no split {manifest['split']!r}.")
-    tasks = []
-    for number, member in enumerate(manifest["members"]):
-        with np.load(folder / f"{number}.npz") as arrays:
-            tasks.append(
-                TaskRows(
-                    name=member["name"],
-                    rate=member["rate"],
-                    metrics=tuple(member["metrics"]),
-                    inputs=Ragged(arrays["inputs"], arrays["inputs_offsets"]),
-                    targets=Ragged(arrays["targets"], arrays["targets_offsets"]),
-                    loss_groups=arrays["loss_groups"],
-                    **json.loads((folder / f"{number}.json").read_text()),
-                )
-            )
-    return Corpus(manifest["mixture"], manifest["split"], tasks, manifest["fingerprint"])
-
-
-# --- The plan: which sequence lies in which row of which batch ------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Position:
     """The next batch of a run; what a checkpoint keeps of the data."""
 
-    epoch: int
-    batch: int
+    epoch: int = 0
+    batch: int = 0
+    shard: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,79 +109,47 @@ class Batch:
     """One step's data.
 
     Attributes:
-      arrays: T5X's batch keys and `decoder_loss_groups`, int32 [rows, length].
+      arrays: T5X's batch keys, `decoder_loss_groups` and, where rows have weights,
+        `decoder_example_weights`, int32 [rows, length]; this process's rows.
       examples: pairs in the (global) batch.
       tokens: real tokens, inputs and targets together, in the (global) batch.
+      sequences: numbers of the (global) batch's sequences, see `TrainBatches.example_ids`.
       next: where the run goes on after this batch.
     """
 
     arrays: dict[str, np.ndarray]
     examples: int
     tokens: int
+    sequences: np.ndarray
     next: Position
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The batches of one epoch.
+    """The batches of one shard of an epoch.
 
     Attributes:
-      batches: for each batch its rows, for each row the sequences in it (indices).
-      examples: pairs of each batch.
-      rows: rows of every batch; batches with fewer are filled up with empty ones.
+      sequences: in the order of batches, rows, and places in the row, int [n].
+      offsets: where each row begins in `sequences`, int [batches * rows + 1].
+      examples: pairs of each batch, int [batches].
+      tokens: real tokens of each batch, int [batches].
+      rows: rows of every batch; where a batch needs fewer, the last are empty.
     """
 
-    batches: list[list[list[int]]]
-    examples: list[int]
+    sequences: np.ndarray
+    offsets: np.ndarray
+    examples: np.ndarray
+    tokens: np.ndarray
     rows: int
 
+    def __len__(self) -> int:
+        return len(self.examples)
 
-def pack_rows(
-    pairs: list[np.ndarray], lengths: np.ndarray, capacity: np.ndarray, max_rows: int | None
-) -> tuple[list[list[int]], list[int]]:
-    """Packs pairs into rows, each sequence into the fullest row that still has room for it.
-
-    A pair goes in whole or not at all.
-
-    Args:
-      pairs: the sequence indices of each pair, in the order of preference.
-      lengths: int [n, 2], input and target tokens of each sequence.
-      capacity: int [2], input and target tokens that a row holds.
-      max_rows: None = open as many rows as needed.
-
-    Returns:
-      (sequences of each row, indices of the pairs that were left out because nothing held them or
-      because LOOKAHEAD pairs before them had not fitted).
-    """
-    free = np.zeros((0 if max_rows is None else max_rows, 2), np.int64) + capacity
-    rows: list[list[int]] = [[] for _ in free]
-    left_out: list[int] = []
-    for number, pair in enumerate(pairs):
-        if len(left_out) >= LOOKAHEAD:
-            left_out += range(number, len(pairs))
-            break
-        placed: list[tuple[int, int]] = []
-        for sequence in pair:
-            need = lengths[sequence]
-            fits = (free >= need).all(axis=1)
-            if fits.any():
-                slack = ((free - need) / capacity).sum(axis=1)
-                row = int(np.argmin(np.where(fits, slack, np.inf)))
-            elif max_rows is None:
-                row = len(rows)
-                rows.append([])
-                free = np.concatenate([free, capacity[None]])
-            else:
-                break
-            free[row] -= need
-            rows[row].append(int(sequence))
-            placed.append((row, int(sequence)))
-        if len(placed) < len(pair):
-            for row, sequence in placed:
-                rows[row].remove(sequence)
-                free[row] += lengths[sequence]
-            left_out.append(number)
-    return rows, left_out
+    def slice(self, batch: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(sequences, offsets into them) of `count` rows of a batch, from `first` on."""
+        start = batch * self.rows + first
+        offsets = self.offsets[start : start + count + 1]
+        return self.sequences[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
 class TrainBatches:
@@ -499,158 +158,290 @@ class TrainBatches:
     Attributes:
       config: see `DataConfig`.
       capacity: tokens of inputs and targets in a row, `{"inputs": ..., "targets": ...}`.
-      num_pairs: examples of an epoch.
-      num_sequences: sequences of an epoch; a pair has two.
+      num_pairs: examples to train on.
+      num_sequences: their sequences; a pair has two.
+      pairs_per_epoch: examples drawn per epoch; with mixing rates not the same number.
       truncated: sequences cut to fit, `{"inputs": ..., "targets": ...}`.
+      row_multiple: the rows of a batch are a multiple of this (shards x micro-batches).
     """
 
-    def __init__(self, corpus: Corpus, config: DataConfig, row_multiple: int = 1):
+    def __init__(
+        self,
+        corpus: cache.Corpus,
+        config: DataConfig,
+        flops: packing.Flops = packing.T5_BASE,
+        row_multiple: int = 1,
+    ):
         """Prepares the plan of `corpus`.
 
         Args:
-          corpus: from `load`.
+          corpus: from `cache.load`.
           config: see `DataConfig`.
-          row_multiple: the rows of a batch are a multiple of this (shards x micro-batches).
+          flops: of the student, for which row lengths are chosen.
+          row_multiple: the rows of a batch are a multiple of this.
 
         Raises:
-          ValueError: no rows; BATCH_SIZE is no multiple of row_multiple; a pair that can never fit.
+          ValueError: no rows; mixing rates that split a pair; BATCH_SIZE is no multiple of
+            row_multiple; a pair that can never fit.
         """
-        self.config, self.row_multiple = config, row_multiple
+        self.config, self.corpus = config, corpus
         if not any(map(len, corpus.tasks)):
             raise ValueError(f"{corpus.name!r} has no rows in split {corpus.split!r}.")
-        if config.pairs_per_step is None and config.batch_size % row_multiple:
-            raise ValueError(
-                f"BATCH_SIZE={config.batch_size} rows do not divide by {row_multiple} (data and "
-                "fsdp devices x micro-batches). Choose a multiple, or set PAIRS_PER_STEP."
-            )
-        self._tasks = corpus.tasks
-        # Sequences are numbered through all tasks; task and row of each:
-        self._task_of = np.repeat(np.arange(len(corpus.tasks)), [len(t) for t in corpus.tasks])
-        self._row_of = np.concatenate([np.arange(len(t)) for t in corpus.tasks])
-        full = np.stack(
-            [
-                np.concatenate([getattr(t, feature).lengths for t in corpus.tasks])
-                for feature in ("inputs", "targets")
-            ],
-            axis=1,
-        )
-        self.capacity = dict(config.feature_lengths or choose_lengths(full))
+        # Sequences are numbered through all tasks.
+        tasks = corpus.tasks
+        self._first = np.cumsum([0, *map(len, tasks)])
+        self._weighted = any((t.weights != sources.FULL_WEIGHT).any() for t in tasks)
+        self._find_pairs()
+        self._full = np.concatenate([t.lengths for t in tasks])
+        self.capacity = dict(config.feature_lengths or self._choose_lengths(flops))
         self._capacity = np.array([self.capacity["inputs"], self.capacity["targets"]])
-        limit = np.minimum(self._capacity, list(MAX_LENGTHS.values()))
-        if config.feature_lengths is not None:
-            limit = self._capacity
-        self._lengths = np.minimum(full, limit)
-        cut = (full > self._lengths).sum(axis=0)
+        limit = self._capacity
+        if config.feature_lengths is None:
+            limit = np.minimum(limit, list(MAX_LENGTHS.values()))
+        self._lengths = np.minimum(self._full, limit)
+        cut = (self._full > self._lengths).sum(axis=0)
         self.truncated = {"inputs": int(cut[0]), "targets": int(cut[1])}
-        self._pairs = self._subset(corpus)
-        self.num_pairs = len(self._pairs)
-        self.num_sequences = sum(map(len, self._pairs))
-        if config.pairs_per_step is None:
-            room = config.batch_size * self._capacity
-            largest = max(len(p) for p in self._pairs)
-            if largest > config.batch_size:  # every sequence alone fits a row
+        members = self._slots.shape[1]
+        if config.pairs_per_step is None and members > config.batch_size:
+            raise ValueError(  # every sequence alone fits a row
+                f"An example has {members} sequences, but BATCH_SIZE is {config.batch_size} rows. "
+                f"Set it to {members} or more."
+            )
+        self._require_multiple(row_multiple)
+        self.row_multiple = row_multiple
+
+    def with_row_multiple(self, row_multiple: int) -> "TrainBatches":
+        """The same with another `row_multiple`."""
+        self._require_multiple(row_multiple)
+        other = copy.copy(self)
+        other.row_multiple = row_multiple
+        return other
+
+    def _require_multiple(self, row_multiple: int) -> None:
+        if self.config.pairs_per_step is None and self.config.batch_size % row_multiple:
+            raise ValueError(
+                f"BATCH_SIZE={self.config.batch_size} rows do not divide by {row_multiple} (data "
+                "and fsdp devices x micro-batches). Choose a multiple, or set PAIRS_PER_STEP."
+            )
+
+    # --- Pairs
+
+    def _find_pairs(self) -> None:
+        """Sorts the sequences into pairs, their members (slots), and the choices of each member."""
+        tasks = self.corpus.tasks
+        kept = np.concatenate([self._kept(task) for task in tasks])
+        if not kept.any():
+            raise ValueError(
+                f"{self.corpus.name!r} has no rows left: raise TRAIN_FRACTION or "
+                "NUM_TRAIN_EXAMPLES."
+            )
+        sequences = np.flatnonzero(kept)
+        task_of = np.repeat(np.arange(len(tasks)), [len(t) for t in tasks])[kept]
+        pair = self.corpus.pairs[kept]
+        if not kept.all():  # number those that are left
+            pair = (np.cumsum(np.bincount(pair) > 0) - 1)[pair]
+        # Stable: by pair, then by task, then in the order of the rows.
+        order = np.argsort(pair, kind="stable")
+        pair, task_of = pair[order], task_of[order]
+        self._ordered = sequences[order]
+        starts = np.flatnonzero(
+            np.r_[True, (pair[1:] != pair[:-1]) | (task_of[1:] != task_of[:-1])]
+        )
+        self._slot_start = starts
+        self._slot_count = np.diff(np.r_[starts, len(pair)])
+        of_pair = pair[starts]
+        place = np.arange(len(starts)) - np.searchsorted(of_pair, of_pair)
+        self._slots = np.full((pair[-1] + 1, place.max() + 1), -1)
+        self._slots[of_pair, place] = np.arange(len(starts))
+        self.num_pairs, self.num_sequences = len(self._slots), len(starts)
+        self._groups = self._mixing(pair, task_of)
+        self.pairs_per_epoch = sum(drawn for _, drawn in self._groups)
+
+    def _kept(self, task: cache.TaskRows) -> np.ndarray:
+        """Which rows of a task belong to the subset of the examples to train on, bool [n]."""
+        fraction, number = self.config.train_fraction, self.config.num_train_examples
+        if fraction is None and number is None:
+            return np.ones(len(task), bool)
+        size = len(task.population)
+        if number is None:
+            number = math.ceil(fraction * size)
+        elif len({t.dataset or t.name for t in self.corpus.tasks}) > 1:
+            raise ValueError(
+                f"NUM_TRAIN_EXAMPLES is for one dataset, and {self.corpus.name!r} has several: set "
+                "TRAIN_FRACTION."
+            )
+        if number > size:
+            raise ValueError(
+                f"NUM_TRAIN_EXAMPLES={number}, but {self.corpus.name!r} has {size} examples."
+            )
+        chosen = task.population[packing.subsets(task.population, self.config.seed) < number]
+        return np.isin(task.keys, chosen)
+
+    def _mixing(self, pair: np.ndarray, task_of: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """(pairs, how many to draw per epoch) of each part of the mixture with a rate of its own.
+
+        Tasks that share examples are one part. As in SeqIO, a rate is a part's share of what is
+        drawn. An epoch draws as many examples as there are; rates by size draw each one once.
+        """
+        tasks = self.corpus.tasks
+        part = np.arange(len(tasks))
+        # Sorted by pair: the first task of each stands for all tasks that the pair has.
+        leader = task_of[np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]])]
+        links = np.bincount(leader[pair] * len(tasks) + task_of)
+        for a, b in zip(*np.divmod(np.flatnonzero(links), len(tasks)), strict=True):
+            part[part == part[b]] = part[a]
+        groups = []
+        of_pair = part[leader]
+        for p in np.unique(of_pair):
+            members = [t for t, q in zip(tasks, part, strict=True) if q == p]
+            rates = {t.rate for t in members}
+            if len(rates) > 1:
                 raise ValueError(
-                    f"An example has {largest} sequences (up to {room.tolist()} tokens a batch), "
-                    f"but BATCH_SIZE is {config.batch_size} rows. Set it to {largest} or more."
+                    f"The tasks {', '.join(t.name for t in members)} of {self.corpus.name!r} share "
+                    f"their examples but have different rates {sorted(rates)}. Give them one rate; "
+                    "ALPHA weighs labels against rationales."
                 )
+            groups.append((np.flatnonzero(of_pair == p), rates.pop()))
+        total = sum(rate for _, rate in groups)
+        drawn = [max(1, round(self.num_pairs * rate / total)) for _, rate in groups]
+        return [(pairs, n) for (pairs, _), n in zip(groups, drawn, strict=True)]
 
-    def _subset(self, corpus: Corpus) -> list[np.ndarray]:
-        """The pairs of the corpus, or of the random subset that NUM_TRAIN_EXAMPLES asks for."""
-        by_example: dict[str, list[int]] = collections.defaultdict(list)
-        rates: dict[str, float] = {}
-        ids = (i for task in corpus.tasks for i in task.example_ids)
-        for sequence, example in enumerate(ids):
-            by_example[example].append(sequence)
-            rates[example] = corpus.tasks[self._task_of[sequence]].rate
-        if len(set(rates.values())) > 1:
-            raise ValueError(
-                f"The members of mixture {corpus.name!r} have different rates "
-                f"{sorted(set(rates.values()))}; training takes every example once per epoch, so "
-                "give all members one rate."
-            )
-        pairs = [np.array(sequences) for sequences in by_example.values()]
-        wanted = self.config.num_train_examples
-        if wanted is None:
-            return pairs
-        if wanted > len(pairs):
-            raise ValueError(
-                f"NUM_TRAIN_EXAMPLES={wanted}, but {corpus.name!r} has {len(pairs)} examples."
-            )
-        chosen = np.random.default_rng([self.config.seed, 1]).permutation(len(pairs))[:wanted]
-        return [pairs[i] for i in chosen]
+    def _epoch_order(self, epoch: int, shuffle: bool) -> np.ndarray:
+        """The pairs of an epoch, in order. A part that is drawn from again and again is drawn from
+        in whole passes, so that its examples are seen equally often."""
+        if not shuffle:
+            return np.arange(self.num_pairs)
+        seed, drawn = self.config.seed, []
+        for number, (pairs, wanted) in enumerate(self._groups):
+            first, size = epoch * wanted, len(pairs)
+            passes = range(first // size, (first + wanted - 1) // size + 1)
+            orders = [np.random.default_rng([seed, number, p]).permutation(size) for p in passes]
+            start = first - passes.start * size
+            drawn.append(pairs[np.concatenate(orders)[start : start + wanted]])
+        if len(drawn) == 1:
+            return drawn[0]
+        rng = np.random.default_rng([seed, 1 << 20, epoch])
+        return rng.permutation(np.concatenate(drawn))
 
-    def fingerprint(self, corpus: Corpus) -> dict[str, object]:
+    def _members(self, pairs: np.ndarray, epoch: int) -> np.ndarray:
+        """The sequences of pairs, int [n, members], -1 where there is none.
+
+        Of several rationales to an input, one is drawn for each epoch.
+        """
+        slots = self._slots[pairs]
+        place = self._slot_start[slots]
+        if (self._slot_count > 1).any():
+            rng = np.random.default_rng([self.config.seed, (1 << 20) + 1, epoch])
+            drawn = (rng.random(len(self._slot_count)) * self._slot_count).astype(np.int64)
+            place = place + drawn[slots]
+        return np.where(slots >= 0, self._ordered[place], -1)
+
+    def _member_lengths(self, members: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return np.where((members >= 0)[..., None], lengths[members], 0)
+
+    def proposals(self, flops: packing.Flops) -> list[packing.Proposal]:
+        """Row lengths for a model, the best first; see `packing.propose_lengths`."""
+        # Not by the seed: runs that differ in nothing else share one compiled program.
+        order = np.random.default_rng(0).permutation(self.num_pairs)[:SAMPLE_PAIRS]
+        cut = np.minimum(self._full, list(MAX_LENGTHS.values()))
+        return packing.propose_lengths(
+            self._member_lengths(self._members(order, 0), cut),
+            flops,
+            rows=self.config.batch_size,
+            pairs=self.config.pairs_per_step,
+            row_budget=self.config.row_budget,
+        )
+
+    def _choose_lengths(self, flops: packing.Flops) -> dict[str, int]:
+        best = self.proposals(flops)[0]
+        return {"inputs": best.inputs, "targets": best.targets}
+
+    def fingerprint(self) -> dict[str, object]:
         """What decides the batches, by name; a resumed run must find the same."""
         config = self.config
         by_pairs = config.pairs_per_step is not None
         return {
             "mixture": config.mixture_or_task_name,
-            "rows": corpus.fingerprint,
+            "rows": self.corpus.fingerprint,
             "vocabulary": vocabulary_lib.load(config.vocabulary).fingerprint,
             "lengths": self.capacity,
             "pairs_per_step" if by_pairs else "batch_size": config.pairs_per_step
             or config.batch_size,
+            "train_fraction": config.train_fraction,
             "num_train_examples": config.num_train_examples,
             "seed": config.seed,
+            "plan": PLAN_FORMAT,
         }
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - one object a run; consecutive epochs only
-    def plan(self, epoch: int, shuffle: bool = True) -> Plan:
-        """The batches of an epoch.
+    def example_ids(self, sequences: np.ndarray) -> list[str]:
+        """The example ids of sequences by their numbers, read from the cache."""
+        return [record.example_id for record in self._read(sequences, texts=True)]
 
-        Training (`shuffle`) sees every example at least once; the last batch is filled up with the
-        epoch's first examples, so that all steps are of one size. Without shuffling every example
-        comes exactly once.
+    # --- Plans
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of an epoch."""
+        return -(-self.pairs_per_epoch // SHARD_PAIRS)
+
+    def plan(self, epoch: int, shard: int = 0, shuffle: bool = True) -> Plan:
+        """The batches of a shard of an epoch.
+
+        Training (`shuffle`) sees every example of the shard at least once; its last batch is filled
+        up with the first examples, so that all steps are of one size. Without shuffling every
+        example comes exactly once.
         """
-        pairs = self._pairs
-        if shuffle:
-            order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(pairs))
-            pairs = [pairs[i] for i in order]
-        make = self._fill_rows if self.config.pairs_per_step is None else self._fill_pairs
-        batches, examples = make(pairs, wrap=shuffle)
-        rows = max(map(len, batches))
-        # Coarse steps, so that epochs of slightly different need share one compiled program.
-        step = max(1, rows // 16) if self.config.pairs_per_step else 1
-        step = -(-step // self.row_multiple) * self.row_multiple
-        return Plan(batches, examples, rows=-(-rows // step) * step)
-
-    def _fill_pairs(self, pairs, wrap: bool):
-        """PAIRS_PER_STEP examples a batch, in as few rows as they pack into."""
-        per_step = self.config.pairs_per_step
-        batches, examples = [], []
-        for start in range(0, len(pairs), per_step):
-            chosen = pairs[start : start + per_step]
-            while wrap and len(chosen) < per_step:
-                chosen = chosen + pairs[: per_step - len(chosen)]
-            # The longest first leaves the fewest holes; each sequence is a "pair" of its own here,
-            # since rows are opened until everything is in.
-            sequences = np.concatenate(chosen)
-            order = np.argsort(-self._lengths[sequences].sum(axis=1), kind="stable")
-            rows, _ = pack_rows(
-                [sequences[i : i + 1] for i in order], self._lengths, self._capacity, None
+        order = self._order_of(epoch, shuffle)
+        bounds = np.linspace(0, len(order), self.num_shards + 1).astype(int)
+        members = self._members(order[bounds[shard] : bounds[shard + 1]], epoch)
+        lengths = self._member_lengths(members, self._lengths)
+        if self.config.pairs_per_step is not None:
+            units = packing.fill_pairs(
+                lengths, self._capacity, self.config.pairs_per_step, wrap=shuffle
             )
-            batches.append(rows)
-            examples.append(len(chosen))
-        return batches, examples
+            needed = max(int(unit.rows.max()) + 1 for unit in units)
+            # Coarse steps, so that epochs of slightly different need share one compiled program.
+            step = -(-max(1, needed // 16) // self.row_multiple) * self.row_multiple
+            rows, per_batch = -(-needed // step) * step, 1
+        else:
+            rows = self.config.batch_size
+            per_batch = next(k for k in range(1, rows + 1)
+                             if rows % k == 0 and rows // k <= packing.UNIT_ROWS)  # fmt: skip
+            if lengths.shape[1] > rows // per_batch:
+                per_batch = 1
+            units = packing.fill_rows(
+                lengths, self._capacity, rows // per_batch, wrap=shuffle, multiple=per_batch
+            )
+        pairs = np.concatenate([unit.pairs for unit in units])
+        unit_of = np.repeat(np.arange(len(units)), [len(unit.pairs) for unit in units])
+        row = np.concatenate([unit.rows for unit in units])
+        there = row >= 0
+        batches = -(-len(units) // per_batch)
+        # A unit is rows // per_batch rows of its batch.
+        row = (unit_of * (rows // per_batch))[:, None] + row
+        sequences, row = members[pairs][there], row[there]
+        order = np.argsort(row, kind="stable")
+        sequences, row = sequences[order], row[order]
+        tokens = self._lengths[sequences].sum(axis=1)
+        return Plan(
+            sequences=sequences,
+            offsets=np.searchsorted(row, np.arange(batches * rows + 1)),
+            examples=np.bincount(unit_of // per_batch, minlength=batches),
+            tokens=np.bincount(row // rows, tokens, minlength=batches).astype(np.int64),
+            rows=rows,
+        )
 
-    def _fill_rows(self, pairs, wrap: bool):
-        """BATCH_SIZE rows a batch, with as many pairs as fit; the others lead the next batch."""
-        size, waiting, used = self.config.batch_size, [], 0
-        # More cannot fit, even if all sequences were as short as the shortest.
-        most = int(size * self._capacity.sum() // self._lengths.sum(axis=1).min()) + LOOKAHEAD
-        batches, examples = [], []
-        while waiting or used < len(pairs):
-            candidates = waiting + pairs[used : used + most - len(waiting)]
-            used = min(len(pairs), used + most - len(waiting))
-            fresh = len(candidates)
-            if wrap and used == len(pairs):  # the last batches: fill up with the first examples
-                while len(candidates) < most:
-                    candidates = candidates + pairs[: most - len(candidates)]
-            rows, left_out = pack_rows(candidates, self._lengths, self._capacity, size)
-            batches.append(rows)
-            examples.append(len(candidates) - len(left_out))
-            waiting = [candidates[i] for i in left_out if i < fresh]
-        return batches, examples
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - one object a run; consecutive epochs only
+    def _order_of(self, epoch: int, shuffle: bool) -> np.ndarray:
+        return self._epoch_order(epoch, shuffle)
+
+    def waste(self, plan: Plan, flops: packing.Flops) -> packing.Waste:
+        """What the batches of a plan waste on a model."""
+        return packing.Waste.of(
+            self._lengths[plan.sequences], self._capacity, len(plan) * plan.rows, flops
+        )
+
+    # --- Batches
 
     def iterate(
         self,
@@ -672,71 +463,160 @@ class TrainBatches:
         """
         import grain  # here, so that what runs on an accelerator needs no data library
 
-        epoch, first = start.epoch, start.batch
-        while epochs is None or epoch < start.epoch + epochs:
-            plan = self.plan(epoch, shuffle)
-            source = _EpochSource(self, plan, epoch, process_index, process_count)
-            # Reads ahead while the device works.
-            options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-            if first < len(source):
-                yield from grain.MapDataset.source(source)[first:].to_iter_dataset(options)
-            epoch, first = epoch + 1, 0
+        source = _Stream(self, start, shuffle, epochs, process_index, process_count)
+        # Reads ahead while the device works.
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+        stream = grain.MapDataset.source(source).to_iter_dataset(options)
+        if self.config.loader_processes:
+            if not flags.FLAGS.is_parsed():  # in a notebook or a test; Grain reads its flags
+                flags.FLAGS.mark_as_parsed()
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self.config.loader_processes, per_worker_buffer_size=4
+                )
+            )
+        yield from stream
 
-    def assemble(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
-        """The arrays of packed rows, int32 [len(rows), capacity]."""
-        inputs, targets = self.capacity["inputs"], self.capacity["targets"]
-        encoder = ("encoder_input_tokens", "encoder_segment_ids")
-        decoder = (
-            "decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids",
-            "decoder_loss_weights", "decoder_loss_groups",
-        )  # fmt: skip
-        arrays = {name: np.zeros((len(rows), inputs), np.int32) for name in encoder}
-        arrays |= {name: np.zeros((len(rows), targets), np.int32) for name in decoder}
-        for r, row in enumerate(rows):
-            i = t = 0
-            for segment, sequence in enumerate(row, start=1):
-                task, index = self._tasks[self._task_of[sequence]], self._row_of[sequence]
-                n_in, n_out = self._lengths[sequence]
-                source = truncate(task.inputs[index], n_in)
-                target = truncate(task.targets[index], n_out)
-                arrays["encoder_input_tokens"][r, i : i + n_in] = source
-                arrays["encoder_segment_ids"][r, i : i + n_in] = segment
-                # Shifted right within the sequence; the start token is the padding id 0.
-                arrays["decoder_input_tokens"][r, t + 1 : t + n_out] = target[:-1]
-                arrays["decoder_target_tokens"][r, t : t + n_out] = target
-                arrays["decoder_segment_ids"][r, t : t + n_out] = segment
-                arrays["decoder_loss_weights"][r, t : t + n_out] = 1
-                arrays["decoder_loss_groups"][r, t : t + n_out] = task.loss_groups[index]
-                i, t = i + n_in, t + n_out
+    def assemble(self, sequences: np.ndarray, offsets: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of packed rows.
+
+        Args:
+          sequences: numbers of the sequences, in the order of the rows.
+          offsets: where each row begins in `sequences`, and the end, int [rows + 1].
+
+        Returns:
+          int32 [rows, capacity] under T5X's batch keys.
+        """
+        rows = len(offsets) - 1
+        row = np.repeat(np.arange(rows), np.diff(offsets))
+        segment = np.arange(len(sequences)) - offsets[row] + 1
+        read = self._read(sequences)
+        arrays = {}
+        for feature, side, prefix in ((0, "inputs", "encoder"), (1, "targets", "decoder")):
+            length = self._lengths[sequences, feature]
+            parts = [truncate(both[feature], n) for both, n in zip(read, length, strict=True)]
+            tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+            start = np.cumsum(length) - length  # in `tokens`
+            in_row = start - np.r_[start, 0][offsets[row]]
+            width = self.capacity[side]
+            place = np.repeat(row * width + in_row - start, length) + np.arange(len(tokens))
+
+            def spread(values, place=place, width=width):
+                array = np.zeros(rows * width, np.int32)
+                array[place] = values
+                return array.reshape(rows, width)
+
+            arrays[f"{prefix}_segment_ids"] = spread(np.repeat(segment, length))
+            if side == "inputs":
+                arrays["encoder_input_tokens"] = spread(tokens)
+                continue
+            # Shifted right within the sequence; the start token is the padding id 0.
+            shifted = np.r_[0, tokens[:-1]]
+            shifted[start] = 0
+            groups, weights = self._column("loss_groups", sequences), None
+            arrays["decoder_input_tokens"] = spread(shifted)
+            arrays["decoder_target_tokens"] = spread(tokens)
+            arrays["decoder_loss_weights"] = spread(1)
+            arrays["decoder_loss_groups"] = spread(np.repeat(groups, length))
+            if self._weighted:
+                weights = self._column("weights", sequences)
+                arrays["decoder_example_weights"] = spread(np.repeat(weights, length))
         return arrays
 
-    def tokens(self, rows: list[list[int]]) -> int:
-        """Real tokens of packed rows, inputs and targets together."""
-        return int(sum(self._lengths[s].sum() for row in rows for s in row))
+    def _by_task(self, sequences: np.ndarray) -> Iterator[tuple[cache.TaskRows, np.ndarray, Any]]:
+        """(task, places in `sequences`, row numbers in the task) of each task that occurs."""
+        task_of = np.searchsorted(self._first, sequences, side="right") - 1
+        for t in np.unique(task_of):
+            places = np.flatnonzero(task_of == t)
+            yield self.corpus.tasks[t], places, sequences[places] - self._first[t]
+
+    def _read(self, sequences: np.ndarray, texts: bool = False) -> list[Any]:
+        """The records (or only their tokens) of sequences, with one read per task."""
+        found: list[Any] = [None] * len(sequences)
+        for task, places, rows in self._by_task(sequences):
+            records = task.read(rows) if texts else task.read_tokens(rows)
+            for place, record in zip(places, records, strict=True):
+                found[place] = record
+        return found
+
+    def _column(self, name: str, sequences: np.ndarray) -> np.ndarray:
+        values = np.zeros(len(sequences), np.int32)
+        for task, places, rows in self._by_task(sequences):
+            values[places] = getattr(task, name)[rows]
+        return values
 
 
-class _EpochSource:
-    """Random access to the batches of one epoch, for Grain."""
+class _Stream:
+    """Random access to the batches of a run from a position on, for Grain."""
 
-    def __init__(self, batches: TrainBatches, plan: Plan, epoch: int, index: int, count: int):
-        if plan.rows % count:
-            raise ValueError(f"{plan.rows} rows do not divide by {count} processes.")
-        self._batches, self._plan, self._epoch = batches, plan, epoch
-        share = plan.rows // count
-        self._mine = slice(index * share, (index + 1) * share)
+    def __init__(
+        self,
+        batches: TrainBatches,
+        start: Position,
+        shuffle: bool,
+        epochs: int | None,
+        process_index: int,
+        process_count: int,
+    ):
+        self._batches, self._start, self._shuffle = batches, start, shuffle
+        self._epochs, self._index, self._count = epochs, process_index, process_count
+        # The number of the first batch of each shard that is known so far, counted from `start`.
+        self._shards = [(-start.batch, start.epoch, start.shard)]
+        self._plans: dict[tuple[int, int], concurrent.futures.Future] = {}
+        self._planner = concurrent.futures.ThreadPoolExecutor(1, "plan")
+        self._lock = threading.Lock()
+        self._length = self._total()
+
+    def __reduce__(self):  # for loader processes; each makes its own plans
+        own = self._batches, self._start, self._shuffle, self._epochs, self._index, self._count
+        return _Stream, own
 
     def __len__(self) -> int:
-        return len(self._plan.batches)
+        return self._length
+
+    def _total(self) -> int:
+        if self._epochs is None:
+            return 1 << 60
+        total, shards = -self._start.batch, self._batches.num_shards
+        for epoch in range(self._start.epoch, self._start.epoch + self._epochs):
+            first = self._start.shard if epoch == self._start.epoch else 0
+            total += sum(len(self._plan(epoch, shard)) for shard in range(first, shards))
+        return total
+
+    def _after(self, epoch: int, shard: int) -> tuple[int, int]:
+        return (epoch, shard + 1) if shard + 1 < self._batches.num_shards else (epoch + 1, 0)
+
+    def _plan(self, epoch: int, shard: int) -> Plan:
+        """The plan of a shard; the one after it is begun in the background."""
+        for key in ((epoch, shard), self._after(epoch, shard)):
+            if key not in self._plans:
+                self._plans[key] = self._planner.submit(self._batches.plan, *key, self._shuffle)
+        while len(self._plans) > 3:
+            del self._plans[next(iter(self._plans))]
+        return self._plans[epoch, shard].result()
 
     def __getitem__(self, i: int) -> Batch:
-        rows = self._plan.batches[i]
-        padded = rows + [[]] * (self._plan.rows - len(rows))
-        last = i + 1 == len(self)
+        with self._lock:
+            while True:  # which shard holds it
+                first, epoch, shard = next(s for s in reversed(self._shards) if s[0] <= i)
+                plan = self._plan(epoch, shard)
+                if i - first < len(plan):
+                    break
+                self._shards.append((first + len(plan), *self._after(epoch, shard)))
+        batch = i - first
+        if plan.rows % self._count:
+            raise ValueError(f"{plan.rows} rows do not divide by {self._count} processes.")
+        share = plan.rows // self._count
+        following = Position(epoch, batch + 1, shard)
+        if batch + 1 == len(plan):
+            epoch, shard = self._after(epoch, shard)
+            following = Position(epoch, 0, shard)
         return Batch(
-            arrays=self._batches.assemble(padded[self._mine]),
-            examples=self._plan.examples[i],
-            tokens=self._batches.tokens(rows),
-            next=Position(self._epoch + 1, 0) if last else Position(self._epoch, i + 1),
+            arrays=self._batches.assemble(*plan.slice(batch, self._index * share, share)),
+            examples=int(plan.examples[batch]),
+            tokens=int(plan.tokens[batch]),
+            sequences=plan.slice(batch, 0, plan.rows)[0],
+            next=following,
         )
 
 
@@ -745,30 +625,3 @@ def truncate(tokens: np.ndarray, length: int) -> np.ndarray:
     if len(tokens) <= length:
         return tokens
     return np.append(tokens[: length - 1], tokens[-1])
-
-
-def choose_lengths(lengths: np.ndarray) -> dict[str, int]:
-    """Row lengths that suit the data: about four sequences a row, and as much room for targets.
-
-    Longer rows waste attention over other sequences, shorter ones leave holes. The targets get the
-    share that they have of the data, because one fixed pair of lengths fits no two datasets.
-
-    Args:
-      lengths: int [n, 2], input and target tokens of each sequence.
-
-    Returns:
-      `{"inputs": ..., "targets": ...}`, multiples of 32.
-    """
-    cut = np.minimum(lengths, list(MAX_LENGTHS.values()))
-    mean, longest = cut.mean(axis=0), cut.max(axis=0)
-
-    def up(tokens: float) -> int:
-        return max(32, int(-(-tokens // 32)) * 32)
-
-    inputs = up(max(4 * mean[0], longest[0]))
-    targets = up(max(inputs * mean[1] / mean[0], longest[1]))
-    return {"inputs": inputs, "targets": targets}
-
-
-if __name__ == "__main__":
-    sys.exit(_build_all(sys.argv[1]))

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from distill import checkpoints, data, decode, metrics, partitioning, t5
+from distill import cache, checkpoints, data, decode, metrics, partitioning, t5
 from distill import vocabulary as vocabulary_lib
 
-# The published code decodes 64 tokens. Where gold labels are longer (in bytes, say), so is this.
+# The published code decodes 64 tokens. Where gold labels are longer (in bytes, say), so is this;
+# where the student writes a rationale too, it gets what training cuts targets at.
 MIN_DECODE_LENGTH = 64
 
 
@@ -32,7 +34,8 @@ class Score:
       split: `validation` or `test`.
       n: examples.
       metrics: by name; `accuracy` is a fraction in [0, 1].
-      predictions: one JSON-ready dict per example.
+      predictions: one JSON-ready dict per example; `generated` is the student's whole text,
+        `prediction` the answer in it, which is scored.
     """
 
     task: str
@@ -108,7 +111,7 @@ def predict(
 def score_tasks(
     params: Any,
     net: t5.T5,
-    corpus: data.Corpus,
+    corpus: cache.Corpus,
     vocabulary: vocabulary_lib.Vocabulary,
     mesh,
     *,
@@ -131,24 +134,30 @@ def score_tasks(
         n = min(len(task), num_examples or len(task))
         if not task.metrics or not n:
             continue
+        records = task.read(range(n))
         limit = data.MAX_LENGTHS["inputs"]
-        inputs = [data.truncate(task.inputs[i], limit) for i in range(n)]
-        longest = -(-int(task.targets.lengths.max()) // 16) * 16
-        answers = predict(
+        inputs = [data.truncate(record.inputs, limit) for record in records]
+        longest = -(-int(task.lengths[:, 1].max()) // 16) * 16
+        if task.answer_form != "label":
+            longest = data.MAX_LENGTHS["targets"]
+        generated = predict(
             params, net, inputs, vocabulary, mesh, batch_size=batch_size,
             max_length=max(MIN_DECODE_LENGTH, longest),
         )  # fmt: skip
+        answers = [metrics.answer(text, task.answer_form) for text in generated]
+        labels = [record.label for record in records]
         values: dict[str, float] = {}
         for name in task.metrics:
-            values |= metric_function(name)(task.labels[:n], answers)
+            values |= metric_function(name)(labels, answers)
         predictions = [
             {
-                "example_id": task.example_ids[i],
-                "input": task.texts[i],
-                "label": task.labels[i],
-                "prediction": answers[i],
+                "example_id": record.example_id,
+                "input": record.text,
+                "label": record.label,
+                "prediction": answer,
+                "generated": text,
             }
-            for i in range(n)
+            for record, answer, text in zip(records, answers, generated, strict=True)
         ]
         scores.append(Score(task.name, corpus.split, n, values, predictions))
     return scores
@@ -183,7 +192,12 @@ class EvaluateConfig:
       batch_size: rows decoded together.
       data_dir: None = $DISTILL_DATA_DIR, else the run's.
       vocabulary: None = the one that the checkpoint was trained with.
-      cache_dir: see `data.DataConfig`.
+      parsing: see `cache.RowsConfig`; so are the following. They matter to tasks that show the
+        student a rationale.
+      rationale_store: None = the sources' own rationales.
+      max_bad_rows: None = none.
+      allow_missing: datasets of the mixture that may be absent.
+      cache_dir: where tokenised rows are kept.
     """
 
     checkpoint_path: str
@@ -196,6 +210,10 @@ class EvaluateConfig:
     batch_size: int = 64
     data_dir: str | None = None
     vocabulary: str | None = None
+    parsing: str | None = None
+    rationale_store: str | None = None
+    max_bad_rows: int | None = None
+    allow_missing: Sequence[str] = ()
     cache_dir: str | None = None
 
     def __post_init__(self):
@@ -286,18 +304,22 @@ def abstract_params(net: t5.T5, mesh) -> Any:
 
 def _corpus(config: EvaluateConfig, metadata: dict):
     """The rows to score a checkpoint on, in the student's own vocabulary."""
-    data_config = data.DataConfig(
+    rows = cache.RowsConfig(
         mixture_or_task_name=config.mixture_or_task_name or metadata["mixture"],
         mixture_or_task_module=config.mixture_or_task_module or metadata["module"],
         data_dir=config.data_dir or os.environ.get("DISTILL_DATA_DIR") or metadata["data_dir"],
         vocabulary=config.vocabulary or metadata["vocabulary"],
+        parsing=config.parsing,
+        rationale_store=config.rationale_store,
+        max_bad_rows=config.max_bad_rows,
+        allow_missing=config.allow_missing,
         cache_dir=config.cache_dir,
     )
-    vocabulary = vocabulary_lib.load(data_config.vocabulary)
+    vocabulary = vocabulary_lib.load(rows.vocabulary)
     if vocabulary.fingerprint != metadata["data"]["vocabulary"]:
         raise ValueError(
-            f"The vocabulary {data_config.vocabulary!r} is not the one that the student was "
+            f"The vocabulary {rows.vocabulary!r} is not the one that the student was "
             f"trained with ({metadata['vocabulary']!r}); its answers would be noise. Set "
             "--gin.VOCABULARY to the original file."
         )
-    return data.load(data_config, config.split), vocabulary
+    return cache.load(rows, config.split), vocabulary

@@ -45,16 +45,17 @@ def cross_entropy(
 
 
 def sum_by_group(values: Array, groups: Array, weights: Array, num_groups: int) -> Array:
-    """Sums per-token values within each loss group.
+    """Weighted sums of per-token values within each loss group.
 
     Args:
       values: [batch, length].
       groups: int32 [batch, length], the loss group of each token, in [0, num_groups).
-      weights: [batch, length], 1 for a real target token, 0 for padding.
+      weights: [batch, length], >= 0; what has weight 0, such as padding, may hold anything.
       num_groups: G.
 
     Returns:
       float32 [G].
     """
-    kept = jnp.where(weights > 0, values.astype(jnp.float32), 0.0)
+    weights = weights.astype(jnp.float32)
+    kept = jnp.where(weights > 0, values.astype(jnp.float32) * weights, 0.0)
     return jnp.stack([jnp.sum(jnp.where(groups == g, kept, 0.0)) for g in range(num_groups)])

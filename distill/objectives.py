@@ -12,6 +12,15 @@ on the shape of the mesh: losses of micro-batches *add up* to the loss of the ba
 
 Batch keys used here: `decoder_target_tokens`, `decoder_loss_weights` (1 = a real target token) and
 `decoder_loss_groups`, each int32 [batch, length].
+
+A batch may also weigh its examples: `decoder_example_weights`, int32 [batch, length], has the
+weight v of a token's example in thousandths (integers, because packing keeps nothing else; 1000 =
+full). Then
+
+    L = sum_g w_g * (sum of v * cross entropy over the tokens of g) / (sum of v over them)
+
+so N_g becomes the weighted count, in float32. Only the ratios of the weights within a group matter;
+an example of weight 0 is as good as absent, and all weights 1000 are no weights at all.
 """
 
 import dataclasses
@@ -42,9 +51,17 @@ class Forward(NamedTuple):
     unembed: Callable[[Array], Array]
 
 
+def token_weights(batch: Batch) -> Array:
+    """What each target token counts, float32 [batch, length]: 1, or its example's weight."""
+    weights = batch["decoder_loss_weights"].astype(jnp.float32)
+    if "decoder_example_weights" in batch:
+        weights *= batch["decoder_example_weights"].astype(jnp.float32) / 1000.0
+    return weights
+
+
 def group_counts(batch: Batch) -> Array:
-    """Real target tokens of each loss group, float32 [G]. Call it on the whole batch of a step."""
-    weights = batch["decoder_loss_weights"]
+    """Target tokens of each loss group by weight, float32 [G]; call it on a step's whole batch."""
+    weights = token_weights(batch)
     return losses.sum_by_group(
         jnp.ones_like(weights), batch["decoder_loss_groups"], weights, len(LOSS_GROUPS)
     )
@@ -144,15 +161,16 @@ def _weighted_cross_entropy(objective: Objective, forward: Forward, batch: Batch
     Args:
       objective: gives the weights of the groups.
       forward: the student.
-      batch: T5X's batch keys and `decoder_loss_groups`.
+      batch: T5X's batch keys, `decoder_loss_groups` and, if it has them,
+        `decoder_example_weights`.
       counts: `group_counts` of the *whole* batch of the step, [G].
 
     Returns:
       (loss, sums): the loss, a scalar whose sum over micro-batches is the loss of the step; and
-      sums over the tokens of each group, [G] each, for `summarize`.
+      weighted sums over the tokens of each group, [G] each, for `summarize`.
     """
     targets = batch["decoder_target_tokens"]
-    groups, weights = batch["decoder_loss_groups"], batch["decoder_loss_weights"]
+    groups, weights = batch["decoder_loss_groups"], token_weights(batch)
     logits = forward.unembed(forward.states(batch))
     ce, z = losses.cross_entropy(
         logits, targets, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing
@@ -162,9 +180,13 @@ def _weighted_cross_entropy(objective: Objective, forward: Forward, batch: Batch
         name: losses.sum_by_group(values, groups, weights, len(LOSS_GROUPS))
         for name, values in (("cross_ent", ce), ("z", z), ("correct", correct))
     }
-    # A group that is absent from the batch contributes 0, not 0 / 0.
-    scale = jnp.asarray(objective.group_weights) / jnp.maximum(counts, 1.0)
+    scale = jnp.asarray(objective.group_weights) / _or_one(counts)
     return jnp.sum(scale * (sums["cross_ent"] + sums["z"])), sums
+
+
+def _or_one(counts: Array) -> Array:
+    """Divisors: a group that is absent from the batch contributes 0, not 0 / 0."""
+    return jnp.where(counts > 0, counts, 1.0)
 
 
 def summarize(objective: Objective, sums: dict[str, Array], counts: Array) -> dict[str, Array]:
@@ -177,17 +199,18 @@ def summarize(objective: Objective, sums: dict[str, Array], counts: Array) -> di
 
     Returns:
       Scalars: `loss` (what is minimised), `cross_ent_loss`, `z_loss`, `accuracy` (tokens), and
-      `cross_ent_loss/<group>`, `accuracy/<group>` for each group (NaN where it is absent).
+      `cross_ent_loss/<group>`, `accuracy/<group>` for each group (NaN where it is absent). All are
+      means over tokens by weight.
     """
     weights = jnp.asarray(objective.group_weights)
-    present = jnp.maximum(counts, 1.0)
+    present = _or_one(counts)
     cross_ent = jnp.sum(weights * sums["cross_ent"] / present)
     z = jnp.sum(weights * sums["z"] / present)
     metrics = {
         "loss": cross_ent + z,
         "cross_ent_loss": cross_ent,
         "z_loss": z,
-        "accuracy": jnp.sum(sums["correct"]) / jnp.maximum(jnp.sum(counts), 1.0),
+        "accuracy": jnp.sum(sums["correct"]) / _or_one(jnp.sum(counts)),
     }
     for g, name in enumerate(LOSS_GROUPS):
         metrics[f"cross_ent_loss/{name}"] = sums["cross_ent"][g] / counts[g]

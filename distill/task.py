@@ -1,4 +1,4 @@
-"""One dataset to its SeqIO tasks: reading, parsing the teacher, prompts, and `register`.
+"""One dataset to its SeqIO tasks: prompts, streams, mixtures, and `register`.
 
 The SeqIO edge of the project: this module and the modules that register tasks import TensorFlow.
 
@@ -8,87 +8,70 @@ The SeqIO edge of the project: this module and the modules that register tasks i
     for row in task.tokenized_rows("svamp_predict", "train"): ...
 
 The two streams of a dataset follow Hsieh et al. 2023 (arXiv 2305.02301): `predict: ` + input ->
-label and `explain: ` + input -> rationale. Rows are read when they are asked for, so registering
-needs no data.
+label and `explain: ` + input -> rationale; `register` has the table of all tasks, baselines and
+ablations included. Rows come from `distill.sources` when they are asked for, so registering needs
+no data.
 """
 
 import dataclasses
 import difflib
+import functools
 import importlib
-import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for a GPU, and says so
 import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
-from etils import epath  # noqa: E402
 
-from distill import metrics  # noqa: E402
+from distill import metrics, sources  # noqa: E402
 from distill import vocabulary as vocabulary_lib  # noqa: E402
 
 PREDICT = "predict: "
 EXPLAIN = "explain: "
+RATIONALE = " Rationale: "  # between the input and a rationale that is part of it
 LABEL_GROUP = 0
 RATIONALE_GROUP = 1
-EOS_TEXT = "</s>"
-HOLDOUT = 0.1
 DEFAULT_MODULE = "tasks"
 
 
 # --- Binding -------------------------------------------------------------------------------------
 
-_data_dir: str | None = None
 _vocabulary: vocabulary_lib.Vocabulary | None = None
 
 
-def bind(data_dir: str | None = None, vocabulary: str | None = None) -> None:
-    """Resolves the data folder and the vocabulary, once for the whole process.
+def bind(vocabulary: str | None = None, **settings: Any) -> None:
+    """Resolves the vocabulary and the settings of the sources, once for the whole process.
 
     Call it before the import of a module that registers tasks: SeqIO fixes the vocabulary when a
-    task registers. What is not given comes from the environment (DISTILL_DATA_DIR,
-    DISTILL_VOCABULARY), else from what is already bound, else there is no data folder and the
-    vocabulary is "bytes".
+    task registers. What is not given comes from the environment (DISTILL_VOCABULARY,
+    DISTILL_DATA_DIR, ...), else from what is already bound, else from the defaults; the vocabulary
+    is then "bytes".
 
     Args:
-      data_dir: the folder that holds the datasets, local or gs://.
       vocabulary: as in `distill.vocabulary.load`.
+      **settings: fields of `sources.Settings`, such as data_dir.
 
     Raises:
-      ValueError: another value is already bound.
+      ValueError: another value is already bound, or it is not allowed.
       FileNotFoundError: there is no such vocabulary.
     """
-    global _data_dir, _vocabulary
-    new_dir = data_dir or _data_dir or os.environ.get("DISTILL_DATA_DIR") or None
-    if _data_dir is not None and new_dir.rstrip("/") != _data_dir.rstrip("/"):
-        raise ValueError(_already("data folder", "DATA_DIR", _data_dir, new_dir))
+    global _vocabulary
     if _vocabulary is None:
-        _vocabulary = vocabulary_lib.load(
+        new = vocabulary_lib.load(
             vocabulary or os.environ.get("DISTILL_VOCABULARY") or vocabulary_lib.BYTES
         )
     elif vocabulary and vocabulary != _vocabulary.spec:
-        raise ValueError(_already("vocabulary", "VOCABULARY", _vocabulary.spec, vocabulary))
-    _data_dir = _data_dir or new_dir
-
-
-def _already(what: str, macro: str, old: str, new: str) -> str:
-    return (
-        f"the {what} is already {old!r} and cannot become {new!r}: it is fixed once tasks are "
-        f"registered or read. Set it before, with --gin.{macro}=... or DISTILL_{macro}, or "
-        "use another process"
-    )
-
-
-def data_dir() -> str | None:
-    """Returns the data folder, None where there is none; binds it if it is not bound yet."""
-    global _data_dir
-    _data_dir = _data_dir or os.environ.get("DISTILL_DATA_DIR") or None
-    return _data_dir
+        raise ValueError(sources.already_bound("vocabulary", _vocabulary.spec, vocabulary))
+    else:
+        new = _vocabulary
+    sources.bind(**settings)
+    _vocabulary = new
 
 
 def vocabulary() -> vocabulary_lib.Vocabulary:
@@ -109,296 +92,131 @@ def reset() -> None:
 
     Tasks that were handed out before keep working with the old vocabulary.
     """
-    global _data_dir, _vocabulary
+    global _vocabulary
     for name in _registered:
         seqio.TaskRegistry.remove(name)
-    for name in _datasets:
-        for suffix in ("", "_llm"):
-            seqio.MixtureRegistry.remove(f"{name}_step_by_step{suffix}")
+    for name in _mixtures:
+        seqio.MixtureRegistry.remove(name)
     tops = tuple(f"{module}." for module in {DEFAULT_MODULE, *_modules})
     for module in [m for m in sys.modules if f"{m}.".startswith(tops)]:
         del sys.modules[module]
-    _registered.clear()
-    _datasets.clear()
-    _modules.clear()
-    _data_dir = _vocabulary = None
-
-
-# --- Rows and sources ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One example of a dataset.
-
-    Attributes:
-      id: unique in the dataset and stable, for example "svamp/train/17".
-      input: the text of the problem, without a prefix. A literal `</s>` becomes the EOS id.
-      label: the gold label.
-      rationale: the teacher's reasoning, None where there is none.
-      teacher_label: the teacher's label, None where there is none or it did not parse.
-      has_completion: the teacher answered, whether or not its answer parsed.
-    """
-
-    id: str
-    input: str
-    label: str
-    rationale: str | None = None
-    teacher_label: str | None = None
-    has_completion: bool = False
-
-
-class Source(Protocol):
-    """Where the rows of a dataset come from: files, or a generator."""
-
-    splits: Sequence[str]
-
-    def rows(self, split: str) -> list[Row]:
-        """Returns the rows of a split, always in the same order."""
-
-    def files(self, split: str) -> list[str]:
-        """Returns the files that decide the rows, for the cache's fingerprint; [] if generated."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceReport:
-    """What was read from one split.
-
-    Attributes:
-      rows: rows of the split.
-      parsed: rows with a teacher label.
-      unparsed: rows whose teacher answered without a label that parses.
-      rationales: rows with a rationale.
-      teacher_accuracy: of the teacher's labels, a fraction of all rows (unparsed is wrong); None
-        where no row has a teacher label.
-    """
-
-    rows: int
-    parsed: int
-    unparsed: int
-    rationales: int
-    teacher_accuracy: float | None
-
-
-def source_report(
-    source: Source, split: str, metric_fn: metrics.MetricFn = metrics.label_accuracy
-) -> SourceReport:
-    """Returns the numbers of one split of any source.
-
-    Args:
-      source: gives the rows.
-      split: one of its splits.
-      metric_fn: scores the teacher's labels, unless the source has a `teacher_metric`.
-    """
-    metric_fn = getattr(source, "teacher_metric", None) or metric_fn
-    rows = source.rows(split)
-    parsed = sum(r.teacher_label is not None for r in rows)
-    accuracy = None
-    if parsed:
-        accuracy = metric_fn([r.label for r in rows], [r.teacher_label or "" for r in rows])[
-            "accuracy"
-        ]
-    return SourceReport(
-        rows=len(rows),
-        parsed=parsed,
-        unparsed=sum(r.has_completion and r.teacher_label is None for r in rows),
-        rationales=sum(r.rationale is not None for r in rows),
-        teacher_accuracy=accuracy,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class ReleasedLayout:
-    """A dataset in the layout of the released data of Hsieh et al. 2023.
-
-    `<data_dir>/<name>/<name>_{train,valid,test}.json` are JSON lines, and
-    `<name>/llm/{train,valid,test}_CoT_{0,1,..}.json` are JSON lists of the teacher's raw
-    completions, aligned with the rows by position. Completions may be absent; the streams that
-    need them then say so.
-
-    Attributes:
-      name: of the dataset and its folder.
-      fields: the fields every row must have.
-      example: a row's fields -> (input, label); ValueError for a value that it cannot use.
-      parse: a completion -> (rationale, label), None for what it does not contain.
-      holdout: True where the dataset has no valid file: the validation split is then the first
-        ceil(n / 10) of `numpy.random.default_rng(0).permutation(n)` over the train file, and
-        the train split is the rest, in that order.
-      teacher_metric: counts the teacher's labels in a report, where that was published otherwise
-        than the dataset's first metric counts.
-    """
-
-    name: str
-    fields: tuple[str, ...]
-    example: Callable[[Mapping[str, Any]], tuple[str, str]]
-    parse: Callable[[str], tuple[str | None, str | None]]
-    holdout: bool = False
-    teacher_metric: metrics.MetricFn | None = None
-    splits: tuple[str, ...] = ("train", "validation", "test")
-
-    def rows(self, split: str) -> list[Row]:
-        """Returns the rows of a split.
-
-        Raises:
-          FileNotFoundError: the data folder or the file is missing.
-          ValueError: a line is not JSON or lacks a field, or the completions do not line up.
-        """
-        stem = self._stem(split)
-        path = self._path(stem)
-        examples = self._examples(path)
-        completions = self._completions(stem, len(examples), path)
-        rows = []
-        for i, (text, label) in enumerate(examples):
-            rationale, teacher_label = (None, None)
-            if completions is not None:
-                rationale, teacher_label = self.parse(completions[i])
-            rows.append(
-                Row(
-                    id=f"{self.name}/{stem}/{i}",
-                    input=text,
-                    label=label,
-                    rationale=rationale or None,
-                    teacher_label=teacher_label or None,
-                    has_completion=completions is not None,
-                )
-            )
-        if self.holdout and split != "test":
-            order = np.random.default_rng(0).permutation(len(rows))
-            cut = math.ceil(HOLDOUT * len(rows))
-            rows = [rows[i] for i in (order[:cut] if split == "validation" else order[cut:])]
-        return rows
-
-    def files(self, split: str) -> list[str]:
-        """Returns the row file and the completion files of a split."""
-        stem = self._stem(split)
-        return [str(p) for p in (self._path(stem), *self._shards(stem))]
-
-    def _stem(self, split: str) -> str:
-        if split not in self.splits:
-            raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}")
-        if split == "validation":
-            return "train" if self.holdout else "valid"
-        return split
-
-    def _path(self, stem: str) -> epath.Path:
-        """Returns `<data_dir>/<name>/<name>_<stem>.json`, which exists."""
-        fix = (
-            "set the folder that holds the datasets with --gin.DATA_DIR=... or DISTILL_DATA_DIR=..."
-        )
-        if data_dir() is None:
-            raise FileNotFoundError(
-                f"{self.name} is read from "
-                f"<data folder>/{self.name}/{self.name}_{stem}.json, but no "
-                f"data folder is set: {fix}"
-            )
-        path = epath.Path(data_dir()) / self.name / f"{self.name}_{stem}.json"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{self.name}: no file {path} (data folder {data_dir()}): add it, or {fix}"
-            )
-        return path
-
-    def _shards(self, stem: str) -> list[epath.Path]:
-        folder, shards = self._path(stem).parent / "llm", []
-        while (shard := folder / f"{stem}_CoT_{len(shards)}.json").exists():
-            shards.append(shard)
-        return shards
-
-    def _examples(self, path: epath.Path) -> list[tuple[str, str]]:
-        """Returns (input, label) of each line of a JSON-lines file."""
-        examples = []
-        # Not splitlines(): JSON allows U+2028 and others inside strings.
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}:{number}: not valid JSON: {e}") from e
-            if not isinstance(fields, dict):
-                raise ValueError(
-                    f"{path}:{number}: a row must be a JSON object, not {type(fields).__name__}"
-                )
-            missing = [f for f in self.fields if f not in fields]
-            if missing:
-                raise ValueError(
-                    f"{path}:{number}: the row lacks {', '.join(missing)}; "
-                    f"it has {', '.join(fields)}"
-                )
-            try:
-                text, label = self.example(fields)
-                if not isinstance(text, str) or not isinstance(label, str):
-                    raise TypeError(f"input and label must be text, got {text!r}, {label!r}")
-                examples.append((text, label))
-            except (ValueError, TypeError, IndexError) as e:
-                raise ValueError(f"{path}:{number}: {e}") from e
-        return examples
-
-    def _completions(self, stem: str, rows: int, path: epath.Path) -> list[str] | None:
-        """Returns one completion for each row, or None where there are no completion files."""
-        shards = self._shards(stem)
-        if not shards:
-            return None
-        completions, seen = [], []
-        for shard in shards:
-            try:
-                part = json.loads(shard.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{shard}:{e.lineno}: not valid JSON: {e}") from e
-            if not isinstance(part, list) or not all(isinstance(c, str) for c in part):
-                raise ValueError(f"{shard}: must be a JSON list of strings, one for each row")
-            completions += part
-            seen.append(f"{shard} ({len(part)})")
-        if len(completions) != rows:
-            raise ValueError(
-                f"{self.name}: {len(completions)} completions for {rows} rows of {path}; they are "
-                f"joined by position, so the numbers must agree. Read: {', '.join(seen)}. Is a "
-                "file missing or from another version of the data?"
-            )
-        return completions
+    for state in (_registered, _mixtures, _datasets, _sizes, _modules):
+        state.clear()
+    sources.reset()
+    _vocabulary = None
 
 
 # --- Registering ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class _Registered:
-    """What we know of a task beyond SeqIO: where its rows come from, and its loss group."""
+class _Stream:
+    """One of the tasks that `register` makes of a dataset.
 
-    source: Source
-    loss_group: int
+    Attributes:
+      prefix: of the input.
+      explains: the target is a rationale, in its own loss group.
+      reads_rationale: the rationale is part of the input.
+      answer_form: how the target holds the label, one of `metrics.ANSWER_FORMS`.
+    """
+
+    prefix: str = ""
+    explains: bool = False
+    reads_rationale: bool = False
+    answer_form: str = "label"
+
+    @property
+    def loss_group(self) -> int:
+        return RATIONALE_GROUP if self.explains else LABEL_GROUP
+
+    @property
+    def single_task(self) -> bool:
+        """Whether one example holds the rationale and the label."""
+        return self.reads_rationale or self.answer_form != "label"
+
+
+_STREAMS = {
+    "label": _Stream(),
+    "predict": _Stream(prefix=PREDICT),
+    "explain": _Stream(prefix=EXPLAIN, explains=True),
+    "rationale_label": _Stream(answer_form="rationale_label"),
+    "label_rationale": _Stream(answer_form="label_rationale"),
+    "with_rationale": _Stream(reads_rationale=True),
+}
+_MIXTURES = {"step_by_step": ("predict", "explain")}
+_ALL_MIXTURES = {"label": ("label",), **_MIXTURES}  # of `register_all`
+_LABELERS = ("", "_llm")  # gold, teacher: suffixes of the names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dataset:
+    """A registered dataset: what its module gave, and its source under the run's settings."""
+
+    source: sources.Source
+    configured: sources.Source
+    metric_fns: tuple[metrics.MetricFn, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Registered:
+    """What we know of a task beyond SeqIO."""
+
+    dataset: str
+    stream: _Stream
 
 
 _registered: dict[str, _Registered] = {}
-_datasets: dict[str, tuple[Source, tuple[metrics.MetricFn, ...]]] = {}
+_mixtures: list[str] = []
+_datasets: dict[str, _Dataset] = {}
+_sizes: dict[str, int] = {}
 _modules: list[str] = []
 
 
 def register(
-    name: str, *, source: Source, metric_fns: Sequence[metrics.MetricFn] = (metrics.label_accuracy,)
+    name: str,
+    *,
+    source: sources.Source,
+    metric_fns: Sequence[metrics.MetricFn] = (metrics.label_accuracy,),
 ) -> None:
     """Registers the SeqIO tasks and mixtures of one dataset.
 
-    | name                        | input                 | target    | loss group |
-    |-----------------------------|-----------------------|-----------|------------|
-    | `<name>_label`              | input                 | label     | 0          |
-    | `<name>_predict`            | `predict: ` + input   | label     | 0          |
-    | `<name>_explain`            | `explain: ` + input   | rationale | 1          |
-    | `<name>_step_by_step`       | mixture of predict and explain, rate 1.0 each   |||
+    | name                     | input                           | target                          |
+    |--------------------------|---------------------------------|---------------------------------|
+    | `<name>_label`           | input                           | label                           |
+    | `<name>_predict`         | `predict: ` + input             | label                           |
+    | `<name>_explain`         | `explain: ` + input             | rationale (loss group 1)        |
+    | `<name>_step_by_step`    | mixture of predict and explain, rate 1.0 each                    ||
+    | `<name>_rationale_label` | input                           | rationale, then label           |
+    | `<name>_label_rationale` | input                           | label, then rationale           |
+    | `<name>_with_rationale`  | input + ` Rationale: rationale` | label                           |
 
-    The same four with the suffix `_llm` have the *teacher's* label as the target of the train
-    split. Validation and test have gold labels in every variant, so that all are scored alike.
+    The last three are the single-task ablations; `metrics.answer_target` has their texts. All but
+    `explain` are loss group 0. The same seven with the suffix `_llm` have the *teacher's* label in
+    the train split. Validation and test have gold labels in every variant, so that all are scored
+    alike.
 
-    A row without a rationale gives no `explain` example, and one whose teacher label did not
-    parse gives no label example in `_llm`; `report` counts both. Every example has, beside
-    `inputs` and `targets` (int32 ids, both ending with EOS), `inputs_pretokenized`,
-    `targets_pretokenized`, `example_id`, `loss_group` (int32) and `label` (gold).
+    Which examples a row gives:
+
+    - No label, no example: a row whose teacher label did not parse gives none in `_llm` (but its
+      rationale trains `explain_llm`), a row of an unlabeled pool gives none without `_llm`.
+    - `explain` and the three single-task forms give one example for each rationale in the train
+      split, numbered by `choice`. Our loader draws one of them per epoch; under plain SeqIO all
+      appear. In `_llm`, the single-task forms take the rationales that lead to the row's teacher
+      label only, so that one target never contradicts itself.
+    - In validation and test they take the first rationale. The single-task forms have every
+      labeled row there, with the label alone (`rationale_label`: `So the answer is label`) or the
+      bare input where there is no rationale; `explain`, which is not scored, leaves it out.
+
+    Every example has `inputs` and `targets` (int32 ids, both ending with EOS),
+    `inputs_pretokenized`, `targets_pretokenized`, `example_id`, `label` (gold, "" where none), and
+    as int32 `loss_group`, `choice` and `loss_weight` (thousandths: that of the answer for targets
+    with a rationale and for teacher labels, else 1000).
 
     Args:
       name: of the dataset.
       source: gives the rows.
-      metric_fns: SeqIO metric functions for the label tasks; `report` scores the teacher by the
-        first.
+      metric_fns: SeqIO metric functions for the tasks that answer; the first says which labels of
+        the teacher are right, in `report` and in the teacher filter.
 
     Raises:
       ValueError: the name is taken.
@@ -408,76 +226,157 @@ def register(
             f"the dataset {name!r} is already registered. A module that registers "
             "tasks must have one import name; another dataset needs another name"
         )
+    _refuse_taken(name, [f"{name}_{s}{by}" for s in (*_STREAMS, *_MIXTURES) for by in _LABELERS])
+    dataset = _Dataset(source, sources.configured(source, *metric_fns[:1]), tuple(metric_fns))
     features = {
         key: seqio.Feature(vocabulary().as_seqio(), add_eos=True, dtype=tf.int32)
         for key in ("inputs", "targets")
     }
-    for suffix in ("", "_llm"):
-        for stream, group in (
-            ("label", LABEL_GROUP),
-            ("predict", LABEL_GROUP),
-            ("explain", RATIONALE_GROUP),
-        ):
-            task_name = f"{name}_{stream}{suffix}"
+    for labeler in _LABELERS:
+        for stream_name, stream in _STREAMS.items():
+            task_name = f"{name}_{stream_name}{labeler}"
             seqio.TaskRegistry.add(
                 task_name,
                 source=seqio.FunctionDataSource(
-                    _dataset_fn(name, source, stream, teacher=bool(suffix)), splits=source.splits
+                    _dataset_fn(task_name, dataset.configured, stream, teacher=bool(labeler)),
+                    splits=source.splits,
                 ),
                 preprocessors=[tokenize, seqio.preprocessors.append_eos_after_trim],
-                postprocess_fn=postprocess,
-                metric_fns=[] if stream == "explain" else list(metric_fns),
+                postprocess_fn=functools.partial(postprocess, form=stream.answer_form),
+                metric_fns=[] if stream.explains else list(metric_fns),
                 output_features=features,
             )
-            _registered[task_name] = _Registered(source, group)
-        seqio.MixtureRegistry.add(
-            f"{name}_step_by_step{suffix}",
-            [(f"{name}_predict{suffix}", 1.0), (f"{name}_explain{suffix}", 1.0)],
+            _registered[task_name] = _Registered(name, stream)
+        for mixture, streams in _MIXTURES.items():
+            _add_mixture(
+                f"{name}_{mixture}{labeler}", [(f"{name}_{s}{labeler}", 1.0) for s in streams]
+            )
+    _datasets[name] = dataset
+
+
+def register_all(names: Sequence[str] | None = None) -> None:
+    """Registers mixtures of several datasets: `all_label`, `all_step_by_step` and their `_llm`.
+
+    A dataset's rate is the number of its train rows, the same for predict and explain. It is
+    counted when the mixture is first used, so that registering needs no data.
+
+    Args:
+      names: of registered datasets; None = all that are registered by now.
+
+    Raises:
+      ValueError: a dataset is unknown, or the mixtures are registered already.
+    """
+    names = datasets() if names is None else list(names)
+    for name in names:
+        dataset(name)
+    _refuse_taken("all", [f"all_{mixture}{by}" for mixture in _ALL_MIXTURES for by in _LABELERS])
+    for labeler in _LABELERS:
+        for mixture, streams in _ALL_MIXTURES.items():
+            members = [f"{name}_{stream}{labeler}" for name in names for stream in streams]
+            _add_mixture(f"all_{mixture}{labeler}", [(member, train_rows) for member in members])
+
+
+def train_rows(task: seqio.Task) -> float:
+    """SeqIO mixing rate: how many train rows the dataset of a task has, after the teacher filter.
+
+    Raises:
+      FileNotFoundError: its data is missing.
+    """
+    name = _registered[task.name].dataset
+    if name not in _sizes:
+        _sizes[name] = len(_datasets[name].configured.rows("train"))
+    return float(_sizes[name])
+
+
+def _add_mixture(name: str, members: list[tuple[str, Any]]) -> None:
+    seqio.MixtureRegistry.add(name, members)
+    _mixtures.append(name)
+
+
+def _refuse_taken(name: str, wanted: list[str]) -> None:
+    """Raises before anything is registered; SeqIO would stop half-way."""
+    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    if taken := sorted(known.intersection(wanted)):
+        raise ValueError(
+            f"cannot register {name!r}: the names {', '.join(taken)} are taken. Choose another "
+            "name for the dataset"
         )
-    _datasets[name] = source, tuple(metric_fns)
 
 
-def _dataset_fn(name: str, source: Source, stream: str, teacher: bool):
+def _dataset_fn(task_name: str, source: sources.Source, stream: _Stream, teacher: bool):
     """Returns the function that gives SeqIO the texts of one stream."""
 
     def dataset_fn(split: str, shuffle_files: bool = False, seed: int | None = None):
         del shuffle_files, seed  # Rows have one order; SeqIO shuffles after this.
         rows = source.rows(split)
         # Read before TensorFlow iterates, which would turn our errors into opaque ones.
-        examples = [e for r in rows if (e := _texts(r, stream, teacher and split == "train"))]
+        examples = [e for row in rows for e in _examples(row, stream, split, teacher)]
         if split == "train" and not examples:
-            needed = "a rationale" if stream == "explain" else "a teacher label that parses"
-            raise ValueError(
-                f"{name}: the {stream} stream has no training example, because none of the "
-                f"{len(rows)} rows has {needed}. Are the teacher's completions there "
-                f"(<data folder>/{name}/llm/train_CoT_0.json)? {name}_label needs none"
-            )
-        keys = ("inputs", "targets", "example_id", "label")
-        columns = {
-            k: tf.constant([e[k] for e in examples], tf.string, [len(examples)]) for k in keys
-        }
-        group = RATIONALE_GROUP if stream == "explain" else LABEL_GROUP
-        columns["loss_group"] = tf.fill([len(examples)], tf.constant(group, tf.int32))
-        return tf.data.Dataset.from_tensor_slices(columns)
+            raise ValueError(_no_example(task_name, stream, teacher, len(rows)))
+        types = dict.fromkeys(("inputs", "targets", "example_id", "label"), tf.string)
+        types |= dict.fromkeys(("loss_group", "choice", "loss_weight"), tf.int32)
+        return tf.data.Dataset.from_tensor_slices(
+            {
+                key: tf.constant([e[key] for e in examples], dtype, [len(examples)])
+                for key, dtype in types.items()
+            }
+        )
 
     return dataset_fn
 
 
-def _texts(row: Row, stream: str, teacher: bool) -> dict[str, str] | None:
-    """Returns the texts of a row in one stream, None where the row has no target there."""
-    prefix = {"label": "", "predict": PREDICT, "explain": EXPLAIN}[stream]
-    if stream == "explain":
-        target = row.rationale
+def _no_example(task_name: str, stream: _Stream, teacher: bool, rows: int) -> str:
+    label = "a teacher label that parses" if teacher else "a gold label"
+    if stream.explains:
+        needed = "a rationale" if teacher else "a rationale and a gold label"
     else:
-        target = row.teacher_label if teacher else row.label
-    if target is None:
-        return None
-    return {
-        "inputs": prefix + row.input,
-        "targets": target,
-        "example_id": row.id,
-        "label": row.label,
-    }
+        needed = f"a rationale and {label}" if stream.single_task else label
+    name = _registered[task_name].dataset
+    return (
+        f"{task_name} has no training example, because none of the {rows} train rows has {needed}. "
+        f"Are the teacher's completions there (<data folder>/{name}/llm/train_CoT_0.json, or "
+        f"--gin.RATIONALE_STORE), or did TEACHER_FILTER drop all? {name}_label needs gold labels "
+        f"only, {name}_label_llm teacher labels only"
+    )
+
+
+def _examples(
+    row: sources.Row, stream: _Stream, split: str, teacher: bool
+) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a row in one stream; the rules are those of `register`."""
+    training = split == "train"
+    teacher = teacher and training
+    said = row.teacher if teacher else sources.Answer(label=row.label)
+    label = said.label if said else None
+    if stream.explains or stream.single_task:
+        answers = row.rationales
+        if teacher and stream.single_task:
+            answers = tuple(a for a in answers if a.label == label)
+        if not training:
+            answers = answers[:1]
+            if stream.single_task and not answers:
+                answers = (sources.Answer(),)
+    else:
+        answers = (said,)
+    if label is None and not (teacher and stream.explains):
+        return
+    for choice, answer in enumerate(answers):
+        inputs = stream.prefix + row.input
+        if stream.reads_rationale and answer.rationale:
+            # A literal `</s>` in an input becomes an id; from the teacher it is only text.
+            inputs += RATIONALE + answer.rationale.replace(sources.EOS_TEXT, " ")
+        gold_only = stream.answer_form == "label" and not stream.explains and not teacher
+        yield {
+            "inputs": inputs,
+            "targets": answer.rationale
+            if stream.explains
+            else metrics.answer_target(stream.answer_form, label, answer.rationale),
+            "example_id": row.id,
+            "label": row.label or "",
+            "loss_group": stream.loss_group,
+            "choice": choice,
+            "loss_weight": sources.FULL_WEIGHT if gold_only else answer.weight,
+        }
 
 
 @seqio.map_over_dataset
@@ -495,11 +394,11 @@ def tokenize(example, output_features):
     def spliced():
         return tf.map_fn(
             lambda piece: tf.concat([eos, vocab.encode_tf(piece)], 0),
-            tf.strings.split(example["inputs"], EOS_TEXT),
+            tf.strings.split(example["inputs"], sources.EOS_TEXT),
             fn_output_signature=tf.RaggedTensorSpec([None], tf.int32, ragged_rank=0),
         ).flat_values[1:]
 
-    has_eos = tf.strings.regex_full_match(example["inputs"], f"(?s).*{EOS_TEXT}.*")
+    has_eos = tf.strings.regex_full_match(example["inputs"], f"(?s).*{sources.EOS_TEXT}.*")
     return {
         **example,
         "inputs_pretokenized": example["inputs"],
@@ -509,11 +408,14 @@ def tokenize(example, output_features):
     }
 
 
-def postprocess(decoded_model_output, example=None, is_target=False, **unused):
-    """SeqIO postprocessor: a target is the gold `label`, whatever the model trained on."""
+def postprocess(decoded_model_output, example=None, is_target=False, form="label", **unused):
+    """SeqIO postprocessor: the answer in a prediction; for a target the gold `label`.
+
+    The gold label, whatever the model trained on.
+    """
     if is_target and example is not None:
         return tf.compat.as_text(example["label"])
-    return decoded_model_output
+    return metrics.answer(decoded_model_output, form)
 
 
 def datasets() -> list[str]:
@@ -521,7 +423,7 @@ def datasets() -> list[str]:
     return list(_datasets)
 
 
-def dataset(name: str) -> Source:
+def dataset(name: str) -> sources.Source:
     """Returns the source of a registered dataset, such as "svamp".
 
     Raises:
@@ -529,17 +431,29 @@ def dataset(name: str) -> Source:
     """
     if name not in _datasets:
         raise ValueError(_unknown("dataset", name, datasets()))
-    return _datasets[name][0]
+    return _datasets[name].source
 
 
-def report(name: str, split: str) -> SourceReport:
+def population(task_name: str, split: str) -> list[str] | None:
+    """Returns the ids of all rows of the split of a task's dataset, in order.
+
+    They are the same for every task of the dataset, whatever rows give it an example and whatever
+    TEACHER_FILTER leaves of them. None for a SeqIO task that `register` did not make.
+    """
+    if task_name not in _registered:
+        return None
+    return [row.id for row in _datasets[_registered[task_name].dataset].source.rows(split)]
+
+
+def report(name: str, split: str) -> sources.SourceReport:
     """Returns what was read from one split of a registered dataset, such as "svamp".
 
     Raises:
       ValueError: the dataset is unknown.
     """
-    metric_fns = _datasets[name][1] if name in _datasets else ()
-    return source_report(dataset(name), split, *metric_fns[:1])
+    dataset(name)
+    found = _datasets[name]
+    return sources.source_report(found.configured, split, *found.metric_fns[:1])
 
 
 # --- Looking up ----------------------------------------------------------------------------------
@@ -580,9 +494,13 @@ def lookup(name: str) -> seqio.Task | seqio.Mixture:
     raise ValueError(_unknown("task or mixture", name, known))
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> str:
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    hint = _did_you_mean(name, known)
     if _modules:
         return (
             f"no {kind} named {name!r}.{hint} MIXTURE_OR_TASK_MODULE={','.join(_modules)} "
@@ -601,52 +519,120 @@ class MemberInfo:
 
     Attributes:
       name: of the task.
-      rate: its share relative to the others; 1.0 for a task on its own.
+      rate: its share of training relative to the others; 1.0 for a task on its own.
       metrics: `module.function` of each of its metrics.
       loss_group: of its targets; None for a task that was not made by `register`.
+      dataset: that `register` made it of; None for others.
+      answer_form: how its targets and predictions hold the label, see `metrics.answer`.
     """
 
     name: str
     rate: float
     metrics: tuple[str, ...]
     loss_group: int | None
+    dataset: str | None = None
+    answer_form: str = "label"
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureInfo:
-    """The tasks behind a name, with nested mixtures flattened."""
+    """The tasks behind a name, with nested mixtures flattened.
+
+    Attributes:
+      name: of the task or mixture.
+      members: its tasks.
+      skipped: datasets whose data is missing, and was allowed to be; no member is of them.
+    """
 
     name: str
     members: tuple[MemberInfo, ...]
+    skipped: tuple[str, ...] = ()
 
     def files(self, split: str) -> list[str] | None:
         """Returns all source files of a split; None where a member is a foreign SeqIO task."""
-        if any(m.name not in _registered for m in self.members):
+        if any(m.dataset is None for m in self.members):
             return None
-        return sorted({f for m in self.members for f in _registered[m.name].source.files(split)})
+        names = {m.dataset for m in self.members}
+        return sorted({f for name in names for f in _datasets[name].configured.files(split)})
 
 
-def describe(name: str) -> MixtureInfo:
-    """Returns what is known of a task or mixture without reading its data.
+def describe(
+    name: str, *, split: str | None = None, allow_missing: Sequence[str] = ()
+) -> MixtureInfo:
+    """Returns what is known of a task or mixture.
+
+    That reads no data, but to count rows for the rates of the `all_` mixtures, and no rate where
+    the split is not "train", since only training mixes.
+
+    Args:
+      name: of the task or mixture.
+      split: the data of every member must be there for this split; None = do not look.
+      allow_missing: datasets of the mixture that are left out where it is not (ALLOW_MISSING).
 
     Raises:
-      ValueError: the name is unknown.
+      ValueError: the name is unknown, or one of allow_missing is no dataset of the mixture.
+      FileNotFoundError: data is missing that is not allowed to be, or all of it.
     """
     provider = lookup(name)
     is_mixture = isinstance(provider, seqio.Mixture)
+    tasks = provider.tasks if is_mixture else [provider]
+    skipped = _absent(name, tasks, split, allow_missing)
     members = []
-    for member in provider.tasks if is_mixture else [provider]:
+    for member in tasks:
+        ours = _registered.get(member.name)
+        if ours and ours.dataset in skipped:
+            continue
+        mixes = is_mixture and split in (None, "train")
         members.append(
             MemberInfo(
                 name=member.name,
-                rate=provider.get_rate(member) if is_mixture else 1.0,
+                rate=provider.get_rate(member) if mixes else 1.0,
                 metrics=tuple(f"{fn.__module__}.{fn.__name__}" for fn in member.metric_fns),
-                loss_group=_registered[member.name].loss_group
-                if member.name in _registered
-                else None,
+                loss_group=ours.stream.loss_group if ours else None,
+                dataset=ours.dataset if ours else None,
+                answer_form=ours.stream.answer_form if ours else "label",
             )
         )
-    return MixtureInfo(name, tuple(members))
+    return MixtureInfo(name, tuple(members), skipped)
+
+
+def _absent(
+    name: str, tasks: Sequence[seqio.Task], split: str | None, allow_missing: Sequence[str]
+) -> tuple[str, ...]:
+    """Returns the datasets without data for a split; all of them are in allow_missing."""
+    members = sorted({_registered[t.name].dataset for t in tasks if t.name in _registered})
+    for allowed in allow_missing:
+        if allowed not in members:
+            raise ValueError(
+                f"ALLOW_MISSING names {allowed!r}, which is no dataset of {name!r}."
+                f"{_did_you_mean(allowed, members)} It has {', '.join(members) or 'none of ours'}"
+            )
+    absent = {}
+    for member in members if split else ():
+        source = _datasets[member].source  # A missing rationale store is no missing dataset.
+        if split not in source.splits:
+            continue  # Not missing: there is none. Whether that is a fault, the caller knows.
+        try:
+            lost = [f for f in source.files(split) if not epath.Path(f).exists()]
+            if lost:
+                raise FileNotFoundError(
+                    f"{member}: no file {', '.join(lost)}: add it, or set the folder that holds "
+                    "the datasets with --gin.DATA_DIR=... or DISTILL_DATA_DIR=..."
+                )
+        except FileNotFoundError as e:
+            absent[member] = e
+    needed = [member for member in absent if member not in allow_missing]
+    if needed and len(members) == 1:
+        raise absent[needed[0]]
+    if needed or (absent and len(absent) == len(members)):
+        reasons = "".join(f"\n  {e}" for e in absent.values())
+        fix = (
+            f"Add it, or leave these datasets out: --gin.ALLOW_MISSING={','.join(absent)}"
+            if len(absent) < len(members)
+            else "Nothing is left: add the data of one of them at least"
+        )
+        raise FileNotFoundError(f"{name}: no {split} data of {', '.join(absent)}. {fix}.{reasons}")
+    return tuple(absent)
 
 
 def tokenized_rows(
@@ -661,8 +647,9 @@ def tokenized_rows(
 
     Yields:
       `inputs`, `targets` (int32 [length]), `inputs_pretokenized`, `targets_pretokenized`,
-      `example_id`, `label` (str) and `loss_group` (int). A SeqIO task from elsewhere gets
-      defaults: example_id "<task>/<split>/<i>", loss_group 0, label = the target's text.
+      `example_id`, `label` (str), `loss_group`, `choice` and `loss_weight` (int; see `register`).
+      A SeqIO task from elsewhere gets defaults: example_id "<task>/<split>/<i>", label = the
+      target's text, loss_group 0, choice 0, loss_weight 1000.
 
     Raises:
       ValueError: the name is unknown or a mixture, or there is no such split.
@@ -695,7 +682,9 @@ def tokenized_rows(
             "inputs_pretokenized": text["inputs"],
             "targets_pretokenized": text["targets"],
             "example_id": _text(example, "example_id", f"{task_name}/{split}/{i}"),
-            "loss_group": int(example.get("loss_group", LABEL_GROUP)),
+            "loss_group": _integer(example, "loss_group", LABEL_GROUP),
+            "choice": _integer(example, "choice", 0),
+            "loss_weight": _integer(example, "loss_weight", sources.FULL_WEIGHT),
             "label": _text(example, "label", text["targets"]),
         }
 
@@ -705,20 +694,11 @@ def _numpy_rows(dataset: tf.data.Dataset) -> Iterator[dict[str, Any]]:
 
     In batches, because leaving TensorFlow once per example takes more time than tokenising it.
     """
-    keys = [
-        k
-        for k in dataset.element_spec
-        if k
-        in (
-            "inputs",
-            "targets",
-            "inputs_pretokenized",
-            "targets_pretokenized",
-            "example_id",
-            "loss_group",
-            "label",
-        )
-    ]
+    wanted = {
+        *("inputs", "targets", "inputs_pretokenized", "targets_pretokenized"),
+        *("example_id", "label", "loss_group", "choice", "loss_weight"),
+    }
+    keys = [k for k in dataset.element_spec if k in wanted]
 
     def rows_of(column):
         if isinstance(column, tf.compat.v1.ragged.RaggedTensorValue):
@@ -737,6 +717,12 @@ def _text(example: Mapping[str, Any], key: str, default: str) -> str:
     return tf.compat.as_text(value) if isinstance(value, bytes) else default
 
 
+def _integer(example: Mapping[str, Any], key: str, default: int) -> int:
+    """Returns an integer feature; in a foreign task the name may mean something else."""
+    value = example.get(key)
+    return int(value) if isinstance(value, np.integer) else default
+
+
 def pretokenized_texts(name: str, split: str) -> Iterator[str]:
     """Yields the input and target texts of a task or mixture, to train a vocabulary on.
 
@@ -744,5 +730,5 @@ def pretokenized_texts(name: str, split: str) -> Iterator[str]:
     """
     for member in describe(name).members:
         for row in tokenized_rows(member.name, split):
-            yield from filter(None, row["inputs_pretokenized"].split(EOS_TEXT))
+            yield from filter(None, row["inputs_pretokenized"].split(sources.EOS_TEXT))
             yield row["targets_pretokenized"]

@@ -27,7 +27,9 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from distill import checkpoints, convert, evaluate, objectives, optim, partitioning, t5
+from distill import (
+    cache, checkpoints, convert, evaluate, objectives, optim, packing, partitioning, t5,
+)  # fmt: skip
 from distill import data as data_lib
 from distill import vocabulary as vocabulary_lib
 
@@ -254,8 +256,8 @@ def train(
     shards = partitioning.batch_shards(devices)
 
     # 1. Data, all splits, so that what is missing is known before anything is computed.
-    data_lib.prepare(data, ("train", "validation", "test"))
-    corpus = data_lib.load(data, "train", prepared=True)
+    cache.prepare(data, ("train", "validation", "test"))
+    corpus = cache.load(data, "train", prepared=True)
     objective.check_groups(corpus.loss_groups, corpus.name)
     vocabulary = vocabulary_lib.load(data.vocabulary)
     if vocabulary.size > model.vocab_size:
@@ -263,11 +265,12 @@ def train(
             f"The vocabulary {data.vocabulary!r} has {vocabulary.size} ids, the model only "
             f"{model.vocab_size}: set --gin.T5Config.vocab_size={-(-vocabulary.size // 128) * 128}."
         )
-    validation, test = (_held_out(data, split, shards) for split in ("validation", "test"))
-    batches = data_lib.TrainBatches(corpus, data, shards)
+    flops = packing.Flops.of(model)
+    batches = data_lib.TrainBatches(corpus, data, flops, shards)
     num_microbatches = config.num_microbatches or _auto_microbatches(batches)
-    batches = data_lib.TrainBatches(corpus, data, shards * num_microbatches)
-    fingerprint = batches.fingerprint(corpus)
+    batches = batches.with_row_multiple(shards * num_microbatches)
+    fingerprint = batches.fingerprint()
+    validation, test = (_held_out(data, split, flops, shards) for split in ("validation", "test"))
 
     # 2. The state: a checkpoint of this run, else the initial checkpoint, else random.
     net = t5.T5(model, partitioning.activation_constraint(devices))
@@ -449,14 +452,16 @@ class _HeldOut:
       batches: the same packed, for the teacher-forced loss.
     """
 
-    corpus: data_lib.Corpus
+    corpus: cache.Corpus
     batches: data_lib.TrainBatches
 
 
-def _held_out(config: data_lib.DataConfig, split: str, shards: int) -> _HeldOut | None:
+def _held_out(
+    config: data_lib.DataConfig, split: str, flops: packing.Flops, shards: int
+) -> _HeldOut | None:
     try:
-        corpus = data_lib.load(config, split, prepared=True)
-    except data_lib.NoSplitError as e:
+        corpus = cache.load(config, split, prepared=True)
+    except cache.NoSplitError as e:
         logging.warning("Not evaluating on %s: %s", split, e)
         return None
     if not any(map(len, corpus.tasks)):
@@ -465,15 +470,15 @@ def _held_out(config: data_lib.DataConfig, split: str, shards: int) -> _HeldOut 
     for task in corpus.tasks:
         for name in task.metrics:
             evaluate.metric_function(name)  # one that cannot be imported is an error now
-    everything = dataclasses.replace(config, num_train_examples=None)
-    return _HeldOut(corpus, data_lib.TrainBatches(corpus, everything, shards))
+    everything = dataclasses.replace(config, num_train_examples=None, train_fraction=None)
+    return _HeldOut(corpus, data_lib.TrainBatches(corpus, everything, flops, shards))
 
 
 def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
     """1 on accelerators; on a CPU as many as keep a part at CPU_TOKENS_PER_MICROBATCH."""
     if jax.default_backend() != "cpu":
         return 1
-    rows = batches.plan(0, True).rows
+    rows = batches.plan(0).rows
     shards = batches.row_multiple
     wanted = math.ceil(rows * sum(batches.capacity.values()) / CPU_TOKENS_PER_MICROBATCH / shards)
     if batches.config.pairs_per_step is not None:  # rows can be rounded up
@@ -726,7 +731,7 @@ def _evaluate(
     """Loss under teacher forcing, and greedy accuracy, on a split; both written and shown."""
     corpus, total = held_out.corpus, None
     feed = held_out.batches.iterate(
-        data_lib.Position(0, 0), shuffle=False, epochs=1,
+        data_lib.Position(), shuffle=False, epochs=1,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     for batch in itertools.islice(feed, config.eval_steps):
@@ -758,19 +763,18 @@ def _evaluate(
 
 def _summary(corpus, batches, net, config, steps, num_microbatches) -> str:
     """What is about to run, in a few lines."""
-    plan = batches.plan(0, True)
-    per_step = np.mean(plan.examples)
-    tokens = np.mean([batches.tokens(rows) for rows in plan.batches])
-    room = plan.rows * sum(batches.capacity.values())
+    plan = batches.plan(0)
+    waste = batches.waste(plan, packing.Flops.of(net.config))
     cut = {name: n for name, n in batches.truncated.items() if n}
     return "\n".join(
         [
             f"{corpus.name}: {batches.num_pairs:,} examples, {batches.num_sequences:,} sequences"
             + (f", cut to fit: {cut}" if cut else ""),
             f"student: {t5.param_count(net.config):,} parameters, {net.config.compute_dtype}",
-            f"a step: {per_step:.1f} examples in {plan.rows} rows of "
+            f"a step: {plan.examples.mean():.1f} examples in {plan.rows} rows of "
             f"{batches.capacity['inputs']} + {batches.capacity['targets']} tokens, "
-            f"{tokens:,.0f} real ({1 - tokens / room:.0%} padding), "
+            f"{plan.tokens.mean():,.0f} real (padding: {waste.inputs:.0%} of inputs, "
+            f"{waste.targets:.0%} of targets, {waste.flops:.2f} x the FLOPs needed), "
             f"{num_microbatches} micro-batch{'es' if num_microbatches > 1 else ''}",
             f"steps {steps[0]} to {steps[1]} in {config.model_dir} on {jax.device_count()} "
             f"{jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}",

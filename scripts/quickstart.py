@@ -17,10 +17,9 @@ import shlex
 import time
 from collections.abc import Sequence
 
-import numpy as np
 from absl import flags
 
-from distill import configure, data, report, train
+from distill import cache, configure, data, report, train
 
 OUTPUT_DIR = flags.DEFINE_string("output_dir", "quickstart", "Folder of both runs and the plot.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Updates of the step-by-step run.", lower_bound=1)
@@ -51,7 +50,7 @@ def run(name: str, argv: list[str]) -> report.Arm:
     result = configure.execute(train.train, argv)
     settings = configure.resolved_arguments(train.train, argv)
     score = next(s for s in result.scores if s.split == "test")
-    corpus = data.load(settings["data"], "train")
+    corpus = cache.load(settings["data"], "train")
     return report.Arm(
         name=name,
         examples=data.TrainBatches(corpus, settings["data"]).num_pairs,
@@ -78,12 +77,12 @@ def main(argv: Sequence[str]) -> None:
     settings = configure.resolved_arguments(
         train.train, command(LABEL_ONLY, values.gin_bindings, STEPS.value)
     )["data"]
-    batches = data.TrainBatches(data.load(settings, "train"), settings)
-    per_step = np.mean([batches.tokens(rows) for rows in batches.plan(0).batches])
-    steps = round(distilled.tokens / per_step)
+    batches = data.TrainBatches(cache.load(settings, "train"), settings)
+    steps = round(distilled.tokens / batches.plan(0).tokens.mean())
     label_only = run(LABEL_ONLY, command(LABEL_ONLY, values.gin_bindings, steps))
 
-    labels = collections.Counter(data.load(settings, "test").tasks[0].labels)
+    tested = cache.load(settings, "test").tasks[0]
+    labels = collections.Counter(row.label for row in tested.read(range(len(tested))))
     chance = max(labels.values()) / labels.total()
     plot = os.path.join(OUTPUT_DIR.value, "quickstart.png")
     report.learning_curves(plot, [label_only, distilled], "arithmetic, tiny student", chance)

@@ -4,6 +4,10 @@ To add one: copy `svamp.py`, and import it here. `python -m tasks <name>` shows 
 Your own module works too, without a change here: --gin.MIXTURE_OR_TASK_MODULE=my_package.my_tasks
 """
 
-from tasks import anli1, arithmetic, cqa, esnli, svamp
+from distill import task
+from tasks import anli, arithmetic, cqa, esnli, gsm8k, svamp
 
-__all__ = ["anli1", "arithmetic", "cqa", "esnli", "svamp"]
+__all__ = ["anli", "arithmetic", "cqa", "esnli", "gsm8k", "svamp"]
+
+# The mixtures `all_*`: published datasets only, none that is generated or made of another.
+task.register_all(["anli1", "anli2", "anli3", "cqa", "esnli", "gsm8k", "svamp"])

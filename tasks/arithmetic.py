@@ -20,7 +20,7 @@ import hashlib
 
 import numpy as np
 
-from distill import metrics, task
+from distill import metrics, sources, task
 
 SPLITS = ("train", "validation", "test")
 # Percent of all chains that belong to each split.
@@ -69,10 +69,10 @@ class NutsSource:
         del split
         return []
 
-    def rows(self, split: str) -> list[task.Row]:
+    def rows(self, split: str) -> list[sources.Row]:
         """All rows of a split, no chain twice."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split)])
-        rows: dict[tuple[int, ...], task.Row] = {}
+        rows: dict[tuple[int, ...], sources.Row] = {}
         while len(rows) < self.sizes[SPLITS.index(split)]:
             amounts = tuple(map(int, rng.integers(10, size=self.changes + 1)))
             who = NAMES[rng.integers(len(NAMES))]
@@ -85,20 +85,18 @@ class NutsSource:
             rows[amounts] = self._row(f"{self.name}/{split}/{len(rows)}", who, amounts, taught)
         return list(rows.values())
 
-    def _row(self, row_id: str, who: str, amounts: tuple[int, ...], taught) -> task.Row:
+    def _row(self, row_id: str, who: str, amounts: tuple[int, ...], taught) -> sources.Row:
         changes = [b - a for a, b in zip(amounts, amounts[1:], strict=False)]
         story = ", ".join(f"{'gets' if c > 0 else 'eats'} {abs(c)}" for c in changes)
         label, teacher_label = str(amounts[-1]), str(taught[-1])
         if self.equation:
             terms = "".join(f" {'+' if c > 0 else '-'} {abs(c)}" for c in changes)
             label = teacher_label = f"({amounts[0]}{terms})"
-        return task.Row(
+        return sources.Row(
             id=row_id,
             input=f"{who} has {amounts[0]} nuts, {story}.",
             label=label,
-            rationale=", then ".join(map(str, taught[1:])) + ".",
-            teacher_label=teacher_label,
-            has_completion=True,
+            answers=(sources.Answer(", then ".join(map(str, taught[1:])) + ".", teacher_label),),
         )
 
 

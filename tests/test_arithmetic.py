@@ -23,8 +23,8 @@ def solve(text):
 def test_rationale_and_label_follow_from_the_problem():
     for row in SOURCE.rows("train"):
         _, *amounts = solve(row.input)
-        assert row.label == row.teacher_label == str(amounts[-1])
-        assert row.rationale == ", then ".join(map(str, amounts)) + "."
+        assert row.label == row.teacher.label == str(amounts[-1])
+        assert row.answers[0].rationale == ", then ".join(map(str, amounts)) + "."
         assert all(0 <= a <= 9 for a in amounts)
 
 
@@ -46,10 +46,10 @@ def test_the_most_frequent_label_is_right_in_at_most_12_percent():
 
 def test_teacher_errs_at_the_rate_and_its_label_follows_its_rationale():
     rows = NOISY.rows("train")
-    wrong = [r for r in rows if r.teacher_label != r.label]
+    wrong = [r for r in rows if r.teacher.label != r.label]
     assert len(wrong) / len(rows) == pytest.approx(0.25, abs=0.03)
     for row in rows:
-        assert row.rationale.rstrip(".").endswith(row.teacher_label)
+        assert row.answers[0].rationale.rstrip(".").endswith(row.teacher.label)
         assert row.label == str(solve(row.input)[-1])
 
 

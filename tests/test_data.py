@@ -1,7 +1,8 @@
-"""Plans and batches: every token once, pairs together, resume by index, the cache's freshness."""
+"""Plans and batches: every token once, pairs together, resume by index."""
 
 import dataclasses
-import json
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -9,26 +10,52 @@ import sys
 import numpy as np
 import pytest
 
-from distill import data
+from distill import cache, data, packing
 
 
-def corpus_of(pairs, name="toy"):
-    """A corpus with a label task and, where pairs have rationales, a rationale task."""
-    tasks = []
-    for group, stream in enumerate(("label", "rationale")):
-        rows = [(i, pair[stream]) for i, pair in enumerate(pairs) if stream in pair]
-        if rows:
-            tasks.append(
-                data.TaskRows(
-                    name=f"{name}_{stream}", rate=1.0, metrics=(),
-                    inputs=data.Ragged.of([x for _, (x, _) in rows]),
-                    targets=data.Ragged.of([y for _, (_, y) in rows]),
-                    loss_groups=np.full(len(rows), group, np.int32),
-                    example_ids=[f"{name}/{i}" for i, _ in rows],
-                    labels=[""] * len(rows), texts=[""] * len(rows),
-                )
-            )  # fmt: skip
-    return data.Corpus(name, "train", tasks, "fingerprint")
+@pytest.fixture
+def corpus_of(tmp_path):
+    """Makes a corpus of pairs: a label task and, where pairs have them, a rationale task.
+
+    A pair maps `label` and `rationale` to (inputs, targets); a rationale may be a list of them.
+    """
+    number = itertools.count()
+
+    def make(pairs, name="toy", rate=1.0, weights=None):
+        members = []
+        ids = [f"{name}/{i}" for i in range(len(pairs))]
+        for group, stream in enumerate(("label", "rationale")):
+            rows = []
+            for i, pair in enumerate(pairs):
+                answers = pair.get(stream, [])
+                for choice, (inputs, targets) in enumerate(
+                    answers if isinstance(answers, list) else [answers]
+                ):
+                    rows.append(
+                        {
+                            "inputs": inputs, "targets": targets, "example_id": ids[i],
+                            "label": "", "inputs_pretokenized": "", "loss_group": group,
+                            "choice": choice, "loss_weight": weights[i] if weights else 1000,
+                        }
+                    )  # fmt: skip
+            if rows:
+                facts = dict(name=f"{name}_{stream}", rate=rate, metrics=[], dataset=name,
+                             answer_form="label")  # fmt: skip
+                members.append((facts, ids, rows))
+        folder = tmp_path / f"corpus{next(number)}"
+        folder.mkdir()
+        return cache.open_generation(
+            folder / cache.write_generation(folder, name, "train", members)
+        )
+
+    return make
+
+
+def joined(corpora, tmp_path):
+    """One corpus of the tasks of several."""
+    tasks = [task for corpus in corpora for task in corpus.tasks]
+    pairs = cache.number_pairs([task.keys for task in tasks])
+    return cache.Corpus("mixture", "train", tasks, pairs, "fingerprint", tmp_path)
 
 
 def pairs_config(pairs_per_step, **settings):
@@ -79,11 +106,11 @@ def segments(batch):
 
 
 @pytest.mark.parametrize("config", [pairs_config(5), rows_config(6)], ids=["pairs", "rows"])
-def test_an_epoch_holds_every_sequence_and_both_of_a_pair_in_one_batch(config):
+def test_an_epoch_holds_every_sequence_and_both_of_a_pair_in_one_batch(corpus_of, config):
     pairs = random_pairs(33, without_rationale=0.2)
     batches = data.TrainBatches(corpus_of(pairs), config)
     seen = {}
-    for number, batch in enumerate(batches.iterate(data.Position(0, 0), epochs=1)):
+    for number, batch in enumerate(batches.iterate(data.Position(), epochs=1)):
         for inputs, targets, groups, shifted in segments(batch.arrays):
             example, group = int(inputs[0]) - 2, int(groups[0])
             source, target = pairs[example][("label", "rationale")[group]]
@@ -97,10 +124,10 @@ def test_an_epoch_holds_every_sequence_and_both_of_a_pair_in_one_batch(config):
     assert {example for _, example in seen} == set(range(33))
 
 
-def test_pairs_per_step_is_exact_and_counts_add_up():
+def test_pairs_per_step_is_exact_and_counts_add_up(corpus_of):
     pairs = random_pairs(33)
     batches = data.TrainBatches(corpus_of(pairs), pairs_config(5))
-    for batch in batches.iterate(data.Position(0, 0), epochs=1):
+    for batch in batches.iterate(data.Position(), epochs=1):
         found = segments(batch.arrays)
         assert batch.examples == 5 and len(found) == 10
         real = sum(int((batch.arrays[k] > 0).sum())
@@ -111,28 +138,28 @@ def test_pairs_per_step_is_exact_and_counts_add_up():
         )
 
 
-def test_without_shuffling_every_example_comes_exactly_once():
+def test_without_shuffling_every_example_comes_exactly_once(corpus_of):
     pairs = random_pairs(33)
     for config in (pairs_config(5), rows_config(6)):
         batches = data.TrainBatches(corpus_of(pairs), config)
         examples = [
             int(inputs[0]) - 2
-            for batch in batches.iterate(data.Position(0, 0), shuffle=False, epochs=1)
+            for batch in batches.iterate(data.Position(), shuffle=False, epochs=1)
             for inputs, *_ in segments(batch.arrays)
         ]
         assert sorted(examples) == sorted(list(range(33)) * 2)
 
 
-def test_fewer_examples_than_a_step_needs_are_repeated():
+def test_fewer_examples_than_a_step_needs_are_repeated(corpus_of):
     batches = data.TrainBatches(corpus_of(random_pairs(3)), pairs_config(8))
-    batch = next(batches.iterate(data.Position(0, 0)))
+    batch = next(batches.iterate(data.Position()))
     assert batch.examples == 8 and len(segments(batch.arrays)) == 16
 
 
 @pytest.mark.parametrize("config", [pairs_config(5), rows_config(6)], ids=["pairs", "rows"])
-def test_resuming_at_a_position_gives_the_same_batches(config):
+def test_resuming_at_a_position_gives_the_same_batches(corpus_of, config):
     corpus = corpus_of(random_pairs(33))
-    feed = data.TrainBatches(corpus, config).iterate(data.Position(0, 0))
+    feed = data.TrainBatches(corpus, config).iterate(data.Position())
     whole = [next(feed) for _ in range(14)]  # two epochs
     assert whole[-1].next.epoch >= 1
     for stop in (1, 6, 7, 8):
@@ -144,59 +171,50 @@ def test_resuming_at_a_position_gives_the_same_batches(config):
                 np.testing.assert_array_equal(again.arrays[key], value)
 
 
-def test_epochs_and_seeds_differ_in_order():
+def test_epochs_and_seeds_differ_in_order(corpus_of):
     corpus = corpus_of(random_pairs(40))
     batches = data.TrainBatches(corpus, pairs_config(5))
     other = data.TrainBatches(corpus, pairs_config(5, seed=1))
-    assert batches.plan(0).batches != batches.plan(1).batches
-    assert batches.plan(0).batches != other.plan(0).batches
+
+    def order(batches, epoch):
+        return batches.plan(epoch).sequences.tolist()
+
+    assert order(batches, 0) != order(batches, 1)
+    assert order(batches, 0) != order(other, 0)
 
 
-def test_hosts_share_the_rows_of_one_batch():
+def test_hosts_share_the_rows_of_one_batch(corpus_of):
     corpus = corpus_of(random_pairs(33))
     batches = data.TrainBatches(corpus, rows_config(6), row_multiple=2)
-    whole = next(batches.iterate(data.Position(0, 0)))
+    whole = next(batches.iterate(data.Position()))
     shares = [
-        next(batches.iterate(data.Position(0, 0), process_index=i, process_count=2))
-        for i in range(2)
+        next(batches.iterate(data.Position(), process_index=i, process_count=2)) for i in range(2)
     ]
     for key, value in whole.arrays.items():
         np.testing.assert_array_equal(np.concatenate([s.arrays[key] for s in shares]), value)
 
 
-def test_cutting_keeps_eos_and_is_counted():
+def test_cutting_keeps_eos_and_is_counted(corpus_of):
     pairs = [{"label": (np.array([5, 6, 7, 8, 9, 1], np.int32), np.array([4, 1], np.int32))}]
     config = pairs_config(1, feature_lengths=dict(inputs=4, targets=8))
     batches = data.TrainBatches(corpus_of(pairs), config)
-    inputs, *_ = segments(next(batches.iterate(data.Position(0, 0))).arrays)[0]
+    inputs, *_ = segments(next(batches.iterate(data.Position())).arrays)[0]
     np.testing.assert_array_equal(inputs, [5, 6, 7, 1])
     assert batches.truncated == {"inputs": 1, "targets": 0}
 
 
-def test_subset_is_drawn_by_the_seed():
+def test_subset_is_drawn_by_the_seed(corpus_of):
     corpus = corpus_of(random_pairs(40))
 
     def chosen(seed):
         batches = data.TrainBatches(corpus, pairs_config(8, num_train_examples=8, seed=seed))
         assert batches.num_pairs == 8
-        batch = next(batches.iterate(data.Position(0, 0)))
+        batch = next(batches.iterate(data.Position()))
         return {int(inputs[0]) for inputs, *_ in segments(batch.arrays)}
 
     assert chosen(0) == chosen(0) != chosen(1)
     with pytest.raises(ValueError, match="NUM_TRAIN_EXAMPLES=41.*40 examples"):
         data.TrainBatches(corpus, pairs_config(8, num_train_examples=41))
-
-
-def test_packing_is_dense():
-    pairs = random_pairs(400)
-    config = pairs_config(64)
-    batches = data.TrainBatches(corpus_of(pairs), config)
-    plan = batches.plan(0)
-    tokens = sum(batches.tokens(rows) for rows in plan.batches)
-    room = plan.rows * len(plan.batches) * sum(batches.capacity.values())
-    assert tokens / room > 0.75
-    longest = {"inputs": 20, "targets": 12}
-    assert all(batches.capacity[k] >= v for k, v in longest.items())
 
 
 @pytest.mark.parametrize(
@@ -212,85 +230,224 @@ def test_bad_settings_are_named(settings, message):
         data.DataConfig("toy", **settings)
 
 
-def test_batch_size_must_divide_by_the_devices():
+def test_batch_size_must_divide_by_the_devices(corpus_of):
     with pytest.raises(ValueError, match="BATCH_SIZE=6.*4"):
         data.TrainBatches(corpus_of(random_pairs(5)), rows_config(6), row_multiple=4)
 
 
-# --- The cache ------------------------------------------------------------------------------------
+def ids(batches, batch):
+    return batches.example_ids(batch.sequences)
 
-TOY_TASKS = """
-import dataclasses, pathlib
-from distill import metrics, task
 
-@dataclasses.dataclass(frozen=True)
-class Lines:
-    splits = ("train", "validation")
-    def files(self, split):
-        return [str(pathlib.Path(task.data_dir()) / f"{split}.txt")]
-    def rows(self, split):
-        lines = pathlib.Path(self.files(split)[0]).read_text().splitlines()
-        return [task.Row(f"toy/{split}/{i}", line, line[::-1], rationale=line.upper())
-                for i, line in enumerate(lines)]
+@pytest.mark.parametrize("seed", range(6))
+def test_resuming_anywhere_on_any_number_of_hosts_gives_the_same_stream(
+    corpus_of, monkeypatch, seed
+):
+    """Stops at random steps, goes on with another number of hosts: the same ids and arrays."""
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(data, "SHARD_PAIRS", int(rng.integers(8, 40)))  # several shards an epoch
+    corpus = corpus_of(random_pairs(50, seed=seed, without_rationale=0.2))
+    config = rows_config(8, seed=seed) if seed % 2 else pairs_config(7, seed=seed)
+    batches = data.TrainBatches(corpus, config, row_multiple=4)
+    assert batches.num_shards > 1
+    whole = list(itertools.islice(batches.iterate(data.Position()), 30))
+    position, step = data.Position(), 0
+    while step < 30:
+        hosts = int(rng.choice([1, 2, 4]))
+        again = data.TrainBatches(corpus, config, row_multiple=4)  # a new process knows no plan
+        feeds = [again.iterate(position, process_index=i, process_count=hosts)
+                 for i in range(hosts)]  # fmt: skip
+        for _ in range(min(int(rng.integers(1, 9)), 30 - step)):
+            shares = [next(feed) for feed in feeds]
+            assert ids(again, shares[0]) == ids(batches, whole[step])
+            for key, value in whole[step].arrays.items():
+                np.testing.assert_array_equal(
+                    np.concatenate([share.arrays[key] for share in shares]), value
+                )
+            position, step = shares[0].next, step + 1
+            assert {share.next for share in shares} == {position}
 
-task.register("toy", source=Lines(), metric_fns=[metrics.label_accuracy])
+
+def test_an_epoch_of_several_shards_has_every_example(corpus_of, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_PAIRS", 16)
+    batches = data.TrainBatches(corpus_of(random_pairs(50)), rows_config(4))
+    epochs = {0: [], 1: []}
+    for batch in itertools.takewhile(lambda b: b.next.epoch < 2, batches.iterate(data.Position())):
+        epochs[batch.next.epoch if batch.next.batch or batch.next.shard else 0] += ids(
+            batches, batch
+        )
+    assert batches.num_shards == 4
+    assert set(epochs[0]) == {f"toy/{i}" for i in range(50)}
+    held_out = list(batches.iterate(data.Position(), shuffle=False, epochs=1))
+    once = [i for batch in held_out for i in ids(batches, batch)]
+    assert sorted(once) == sorted([f"toy/{i}" for i in range(50)] * 2)
+
+
+PROCESSES = """
+import sys
+import numpy as np
+from distill import cache, data
+
+def main():
+    corpus = cache.open_generation(__import__("pathlib").Path(sys.argv[1]))
+    feeds = []
+    for workers in (0, 2):
+        config = data.DataConfig("toy", batch_size=4, feature_lengths=dict(inputs=40, targets=24),
+                                 loader_processes=workers)
+        feeds.append(data.TrainBatches(corpus, config).iterate(data.Position(0, 2)))
+    for _ in range(12):
+        a, b = map(next, feeds)
+        assert a.next == b.next and a.arrays.keys() == b.arrays.keys()
+        for key in a.arrays:
+            np.testing.assert_array_equal(a.arrays[key], b.arrays[key])
+    print("same")
+
+if __name__ == "__main__":
+    main()
 """
 
-PROBE = """
-import json, sys
-from distill import data
-config = data.DataConfig("toy_step_by_step", "toy_tasks", data_dir=sys.argv[1],
-                         cache_dir=sys.argv[2])
-corpus = data.load(config, sys.argv[3])
-print(json.dumps({"tensorflow": "tensorflow" in sys.modules, "rows": [len(t) for t in corpus.tasks],
-                  "fingerprint": corpus.fingerprint, "labels": corpus.tasks[0].labels[:1]}))
-"""
 
-
-def probe(folder, split="train"):
-    result = subprocess.run(
-        [sys.executable, "-c", PROBE, str(folder / "data"), str(folder / "cache"), split],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)},
+def test_loader_processes_give_the_same_stream(corpus_of, tmp_path):
+    corpus = corpus_of(random_pairs(50))
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    done = subprocess.run(
+        [sys.executable, script, corpus.folder], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    if result.returncode:
-        return result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    assert done.stdout == "same\n", done.stderr
 
 
-def test_a_fresh_cache_needs_no_tensorflow_and_a_stale_one_is_rebuilt(tmp_path):
-    (tmp_path / "toy_tasks.py").write_text(TOY_TASKS)
-    (tmp_path / "data").mkdir()
-    rows = tmp_path / "data" / "train.txt"
-    rows.write_text("abc\ndef\n")
-    cold = probe(tmp_path)
-    assert cold["rows"] == [2, 2] and cold["labels"] == ["cba"]
-    assert not cold["tensorflow"]  # tokenising has a process of its own
-    built = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("manifest.json")}
-    assert probe(tmp_path) == cold
-    assert built == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("manifest.json")}
-    # A comment in the task module: read again, the same rows.
-    (tmp_path / "toy_tasks.py").write_text(TOY_TASKS + "\n# a comment\n")
-    assert probe(tmp_path) == cold
-    # Other rows: read again, another fingerprint.
-    rows.write_text("abc\ndef\nghi\n")
-    changed = probe(tmp_path)
-    assert changed["rows"] == [3, 3] and changed["fingerprint"] != cold["fingerprint"]
-    assert "no split 'test'" in probe(tmp_path, "test")
-    rows.unlink()
-    assert "train.txt" in probe(tmp_path)
+def test_of_several_rationales_one_is_drawn_per_epoch(corpus_of):
+    pairs = random_pairs(20)
+    for i, pair in enumerate(pairs):
+        inputs, targets = pair["rationale"]
+        pair["rationale"] = [(inputs, np.append(targets[:-1], [100 + k, 1])) for k in range(i % 4)]
+    batches = data.TrainBatches(corpus_of(pairs), pairs_config(20))
+    assert batches.num_sequences == 20 + 15
+    drawn = []
+    for epoch in range(30):
+        batch = next(batches.iterate(data.Position(epoch)))
+        found = {int(x[0]) - 2: int(y[-2]) - 100 for x, y, g, _ in segments(batch.arrays) if g[0]}
+        assert set(found) == {i for i in range(20) if i % 4}
+        drawn.append(found)
+    for i in range(20):
+        assert {found[i] for found in drawn if i in found} == set(range(i % 4))
+    again = next(data.TrainBatches(corpus_of(pairs), pairs_config(20)).iterate(data.Position(7)))
+    first = next(batches.iterate(data.Position(7)))
+    np.testing.assert_array_equal(
+        again.arrays["decoder_target_tokens"], first.arrays["decoder_target_tokens"]
+    )
 
 
-def test_fingerprint_names_what_decides_the_batches():
+def test_rates_are_shares_and_a_repeated_part_is_seen_evenly(corpus_of, tmp_path):
+    """As in SeqIO: 30 examples at rate 3 and 10 at rate 1 come once each; at equal rates the small
+    part is drawn twice, every example as often as the others."""
+    large, small = random_pairs(30), random_pairs(10, seed=1)
+
+    def counts(rate, epochs):
+        corpus = joined([corpus_of(large, "large", rate=rate), corpus_of(small, "small")], tmp_path)
+        batches = data.TrainBatches(corpus, pairs_config(5))
+        assert batches.pairs_per_epoch == 40
+        seen = dict.fromkeys(
+            [f"large/{i}" for i in range(30)] + [f"small/{i}" for i in range(10)], 0
+        )
+        for epoch in range(epochs):
+            plan = batches.plan(epoch)
+            for example in set(batches.example_ids(plan.sequences)):
+                seen[example] += 1 if rate == 3 else 0
+            for example in batches.example_ids(plan.sequences):
+                seen[example] += 0 if rate == 3 else 1
+        return seen
+
+    assert set(counts(3.0, 4).values()) == {4}
+    # 20 of each an epoch: in three epochs two passes of the large part, six of the small one; two
+    # sequences an example.
+    equal = counts(1.0, 3)
+    assert {equal[f"large/{i}"] for i in range(30)} == {2 * 2}
+    assert {equal[f"small/{i}"] for i in range(10)} == {6 * 2}
+
+
+def test_one_rate_for_the_tasks_of_an_example(corpus_of):
+    corpus = corpus_of(random_pairs(5))
+    tasks = [dataclasses.replace(t, rate=r) for t, r in zip(corpus.tasks, (1, 2), strict=True)]
+    with pytest.raises(ValueError, match="toy_label, toy_rationale.*ALPHA"):
+        data.TrainBatches(dataclasses.replace(corpus, tasks=tasks), pairs_config(5))
+
+
+def only(corpus, tasks):
+    """The corpus of some of its tasks."""
+    pairs = cache.number_pairs([task.keys for task in tasks])
+    return dataclasses.replace(corpus, tasks=tasks, pairs=pairs)
+
+
+def test_fractions_are_nested_and_the_same_for_every_method(corpus_of):
+    pairs = random_pairs(200, without_rationale=0.3)
+    both = corpus_of(pairs)
+    labels = only(both, both.tasks[:1])
+    rationales = only(both, both.tasks[1:])
+
+    def chosen(corpus, **subset):
+        batches = data.TrainBatches(corpus, pairs_config(10, **subset))
+        return set(batches.example_ids(batches.plan(0).sequences))
+
+    last = set()
+    for fraction in (0.125, 0.25, 0.5, 1.0):
+        kept = chosen(labels, train_fraction=fraction)
+        assert len(kept) == math.ceil(200 * fraction) and last < kept
+        assert chosen(both, train_fraction=fraction) == kept
+        has_one = {f"toy/{i}" for i, pair in enumerate(pairs) if "rationale" in pair}
+        assert chosen(rationales, train_fraction=fraction) == kept & has_one
+        assert chosen(labels, num_train_examples=len(kept)) == kept
+        last = kept
+    assert chosen(labels, train_fraction=0.5, seed=1) != chosen(labels, train_fraction=0.5)
+    with pytest.raises(ValueError, match="TRAIN_FRACTION must be in"):
+        pairs_config(5, train_fraction=1.5)
+    with pytest.raises(ValueError, match="not both"):
+        pairs_config(5, train_fraction=0.5, num_train_examples=5)
+
+
+def test_weights_reach_every_target_token(corpus_of):
+    pairs = random_pairs(6)
+    plain = next(data.TrainBatches(corpus_of(pairs), pairs_config(6)).iterate(data.Position()))
+    assert "decoder_example_weights" not in plain.arrays
+    weights = [1000, 250, 0, 1000, 333, 1]
+    batches = data.TrainBatches(corpus_of(pairs, weights=weights), pairs_config(6))
+    arrays = next(batches.iterate(data.Position())).arrays
+    for key in plain.arrays:
+        np.testing.assert_array_equal(arrays[key], plain.arrays[key])
+    for r, row in enumerate(arrays["decoder_segment_ids"]):
+        for segment in range(1, row.max() + 1):
+            first = arrays["encoder_input_tokens"][r][arrays["encoder_segment_ids"][r] == segment]
+            found = arrays["decoder_example_weights"][r][row == segment]
+            assert set(found) == {weights[first[0] - 2]}
+    assert (arrays["decoder_example_weights"][arrays["decoder_segment_ids"] == 0] == 0).all()
+
+
+def test_lengths_come_from_the_data_and_the_model(corpus_of):
+    corpus = corpus_of(random_pairs(300))
+    config = data.DataConfig("toy", batch_size=16)
+    batches = data.TrainBatches(corpus, config)
+    proposals = batches.proposals(packing.T5_BASE)
+    assert batches.capacity == {"inputs": proposals[0].inputs, "targets": proposals[0].targets}
+    narrow = data.TrainBatches(corpus, config, packing.Flops(1, 1, 1, 1, 1))
+    assert narrow.capacity != batches.capacity
+    waste = batches.waste(batches.plan(0), packing.T5_BASE)
+    assert waste.flops < 1.2 and max(waste.inputs, waste.targets) < 0.2
+
+
+def test_fingerprint_names_what_decides_the_batches(corpus_of):
     corpus = corpus_of(random_pairs(9))
-    base = pairs_config(4)
+    base = pairs_config(4, feature_lengths=dict(inputs=64, targets=48))
     batches = data.TrainBatches(corpus, base)
-    before = batches.fingerprint(corpus)
+    before = batches.fingerprint()
     for change, key in [
         (dict(seed=1), "seed"),
         (dict(pairs_per_step=8), "pairs_per_step"),
         (dict(num_train_examples=5), "num_train_examples"),
+        (dict(train_fraction=0.5), "train_fraction"),
         (dict(feature_lengths=dict(inputs=96, targets=64)), "lengths"),
     ]:
         config = dataclasses.replace(base, **change)
-        after = data.TrainBatches(corpus, config).fingerprint(corpus)
+        after = data.TrainBatches(corpus, config).fingerprint()
         assert {k for k in after if after[k] != before.get(k)} == {key}

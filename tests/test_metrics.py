@@ -4,9 +4,10 @@ import math
 import random
 import time
 
+import numpy as np
 import pytest
 
-from distill import metrics
+from distill import cache, evaluate, metrics
 
 
 def expression(rng, depth):
@@ -149,3 +150,83 @@ def test_standard_error_is_that_of_repeated_draws():
     for p, n in ((1.5, 10), (0.5, 0)):
         with pytest.raises(ValueError, match=r"fraction in \[0, 1\]"):
             metrics.standard_error(p, n)
+
+
+# --- The label in a generated text ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", metrics.ANSWER_FORMS)
+@pytest.mark.parametrize("rationale", [None, "It rains.", "He asks: So the answer is no? It is."])
+def test_answer_gives_back_the_label_of_every_target(form, rationale):
+    target = metrics.answer_target(form, "( 84.0 / 2.0 )", rationale)
+    assert metrics.answer(target, form) == "( 84.0 / 2.0 )"
+    assert "\n" not in target
+
+
+def test_targets_of_the_forms():
+    assert metrics.answer_target("rationale_label", "yes", "It rains.") == (
+        "It rains. So the answer is yes"
+    )
+    assert metrics.answer_target("rationale_label", "yes") == "So the answer is yes"
+    assert metrics.answer_target("label_rationale", "yes", "It rains.") == (
+        "yes Explanation: It rains."
+    )
+    assert metrics.answer_target("label_rationale", "yes") == "yes"
+    assert metrics.answer_target("label", "yes", "It rains.") == "yes"
+
+
+@pytest.mark.parametrize(
+    "text, form, label",
+    [
+        ("So the answer is no, or so. So the answer is  yes ", "rationale_label", "yes"),
+        ("A rationale that was cut off, yes", "rationale_label", ""),
+        ("It rains. So the answer is", "rationale_label", ""),
+        ("", "rationale_label", ""),
+        (" yes Explanation: no Explanation: maybe", "label_rationale", "yes"),
+        ("yes", "label_rationale", "yes"),
+        ("Explanation: it rains", "label_rationale", ""),
+        (" It rains. So the answer is yes ", "label", " It rains. So the answer is yes "),
+    ],
+)
+def test_answer_from_what_a_student_may_write(text, form, label):
+    assert metrics.answer(text, form) == label
+
+
+def test_unknown_forms_are_named():
+    for call in (lambda: metrics.answer("x", "cot"), lambda: metrics.answer_target("cot", "x")):
+        with pytest.raises(ValueError, match="one of label, rationale_label, .*not 'cot'"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "form, accuracy, length", [("label", 0.0, 64), ("rationale_label", 0.5, 256)]
+)
+def test_evaluation_scores_the_answer_in_the_text(monkeypatch, tmp_path, form, accuracy, length):
+    facts = {
+        "name": "toy", "rate": 1.0, "metrics": ["distill.metrics.label_accuracy"],
+        "dataset": "toy", "answer_form": form,
+    }  # fmt: skip
+    rows = [
+        {
+            "inputs": np.array([5, 1], np.int32), "targets": np.array([6, 1], np.int32),
+            "inputs_pretokenized": "x", "example_id": f"toy/{i}", "label": label,
+            "loss_group": 0, "choice": 0, "loss_weight": 1000,
+        }
+        for i, label in enumerate(["yes", "no"])
+    ]  # fmt: skip
+    generation = cache.write_generation(tmp_path, "toy", "test", [(facts, None, rows)])
+    corpus = cache.open_generation(tmp_path / generation)
+    generated = ["It rains. So the answer is yes", "It rains and so on and no"]
+    asked = []
+
+    def predict(*args, max_length, **kwargs):
+        asked.append(max_length)
+        return generated
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    (score,) = evaluate.score_tasks(None, None, corpus, None, None)
+    assert (score.metrics["accuracy"], asked) == (accuracy, [length])
+    assert [p["generated"] for p in score.predictions] == generated
+    assert [p["prediction"] for p in score.predictions] == (
+        generated if form == "label" else ["yes", ""]
+    )

@@ -1,17 +1,17 @@
 """The stated loss: equal to the published formula, whatever the packing, accumulation or mesh."""
 
-import dataclasses
 import functools
+import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_data import corpus_of, pairs_config
 from test_t5 import TINY, numpy_params
 
-from distill import data, objectives, optim, partitioning, t5, train
+from distill import cache, data, objectives, optim, partitioning, t5, train
 
 OBJECTIVES = [
     objectives.StepByStep(alpha=0.5, z_loss=0.0),
@@ -45,7 +45,10 @@ def tiny_logits(params, batch):
 
 
 def numpy_loss(params, pairs, objective):
-    """alpha * mean CE over label tokens + (1 - alpha) * mean CE over rationale tokens."""
+    """alpha * mean CE over label tokens + (1 - alpha) * mean CE over rationale tokens.
+
+    The means are by weight, where pairs have `weights` (thousandths, by group).
+    """
     total = 0.0
     for name, weight in zip(objectives.LOSS_GROUPS, objective.group_weights, strict=True):
         sums, count = 0.0, 0
@@ -63,19 +66,53 @@ def numpy_loss(params, pairs, objective):
             q[np.arange(len(target)), target] = 1 - s
             entropy = -(q * np.log(np.maximum(q, 1e-20))).sum(-1)
             ce = log_z - (q * logits).sum(-1) - entropy
-            sums += (ce + objective.z_loss * log_z**2).sum()
-            count += len(target)
+            example_weight = pair.get("weights", {}).get(name, 1000) / 1000
+            sums += example_weight * (ce + objective.z_loss * log_z**2).sum()
+            count += example_weight * len(target)
         total += weight * sums / count
     return total
 
 
 def batch_of(pairs, lengths, row_multiple=1):
     """One batch with all pairs, packed into rows of these lengths."""
-    config = dataclasses.replace(
-        pairs_config(len(pairs)), feature_lengths=dict(inputs=lengths[0], targets=lengths[1])
-    )
-    batches = data.TrainBatches(corpus_of(pairs), config, row_multiple)
-    return next(batches.iterate(data.Position(0, 0))).arrays
+    members = []
+    for group, name in enumerate(objectives.LOSS_GROUPS):
+        facts = dict(name=name, rate=1.0, metrics=[], dataset="toy", answer_form="label")
+        rows = [
+            dict(
+                inputs=pair[name][0], targets=pair[name][1], inputs_pretokenized="", label="",
+                example_id=f"toy/{i}", loss_group=group, choice=0,
+                loss_weight=pair.get("weights", {}).get(name, 1000),
+            )
+            for i, pair in enumerate(pairs)
+        ]  # fmt: skip
+        members.append((facts, None, rows))
+    config = data.DataConfig(
+        "toy", batch_size=None, pairs_per_step=len(pairs),
+        feature_lengths=dict(inputs=lengths[0], targets=lengths[1]),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        generation = cache.write_generation(folder, "toy", "train", members)
+        corpus = cache.open_generation(folder / generation)
+        batches = data.TrainBatches(corpus, config, row_multiple=row_multiple)
+        arrays = next(batches.iterate(data.Position())).arrays
+    if "decoder_example_weights" in arrays:  # what padding weighs must not matter
+        real = arrays["decoder_loss_weights"] > 0
+        arrays["decoder_example_weights"] = np.where(
+            real, arrays["decoder_example_weights"], 777
+        ).astype(np.int32)
+    return arrays
+
+
+def weighted_examples(n=6, seed=0):
+    """`examples` with weights of all sizes, among them 0 and 1000."""
+    rng = np.random.default_rng([seed, 1])
+    drawn = rng.permutation([0, 1000, *rng.integers(1, 999, 2 * n - 2)])
+    return [
+        {**pair, "weights": {"label": int(a), "rationale": int(b)}}
+        for pair, (a, b) in zip(examples(n, seed), drawn.reshape(n, 2), strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnames="objective")
@@ -86,6 +123,13 @@ def loss_and_grads(params, batch, objective):
         return objective(train.make_forward(t5.T5(TINY), p), batch, counts)[0]
 
     return jax.value_and_grad(loss)(params)
+
+
+@functools.partial(jax.jit, static_argnames="objective")
+def loss_only(params, batch, objective):
+    """Compiles faster than `loss_and_grads`."""
+    counts = objectives.group_counts(batch)
+    return objective(train.make_forward(t5.T5(TINY), params), batch, counts)[0]
 
 
 def assert_close(got, want):
@@ -99,9 +143,13 @@ def params():
     return numpy_params(TINY, scale=0.2)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=["plain", "z-loss and smoothing"])
-def test_loss_is_the_published_formula_packed_or_not(params, objective):
-    pairs = examples()
+@pytest.mark.parametrize(
+    "objective, make",
+    [(OBJECTIVES[0], examples), (OBJECTIVES[1], examples), (OBJECTIVES[1], weighted_examples)],
+    ids=["plain", "z-loss and smoothing", "weighted"],
+)
+def test_loss_is_the_published_formula_packed_or_not(params, objective, make):
+    pairs = make()
     want = numpy_loss(params, pairs, objective)
     rows = {}
     losses = {}
@@ -116,10 +164,10 @@ def test_loss_is_the_published_formula_packed_or_not(params, objective):
 
 
 @functools.cache
-def updated(objective, microbatches, devices):
+def updated(objective, microbatches, devices, make=examples):
     """Parameters and scalars after one step of plain gradient descent."""
     mesh = partitioning.make_mesh(partitioning.MeshConfig(), jax.devices()[:devices])
-    pairs = examples(8, seed=3)
+    pairs = make(8, seed=3)
     batch = partitioning.shard_batch(mesh, batch_of(pairs, (16, 16), row_multiple=8))
     tx = optax.sgd(1.0)
     params = jax.device_put(numpy_params(TINY, scale=0.2), partitioning.replicated(mesh))
@@ -135,10 +183,17 @@ def updated(objective, microbatches, devices):
     return jax.device_get((scalars, state.params))
 
 
-@pytest.mark.parametrize("microbatches,devices", [(2, 1), (4, 1), (1, 2), (1, 8), (2, 4)])
-def test_accumulation_and_mesh_change_neither_loss_nor_gradients(microbatches, devices):
+@pytest.mark.parametrize(
+    "microbatches,devices,make",
+    [
+        *((m, d, examples) for m, d in [(2, 1), (4, 1), (1, 2), (1, 8), (2, 4)]),
+        (2, 4, weighted_examples),
+    ],
+)
+def test_accumulation_and_mesh_change_neither_loss_nor_gradients(microbatches, devices, make):
     """The last rows of the batch are empty, so the micro-batches are as uneven as can be."""
-    want, got = updated(OBJECTIVES[1], 1, 1), updated(OBJECTIVES[1], microbatches, devices)
+    want = updated(OBJECTIVES[1], 1, 1, make)
+    got = updated(OBJECTIVES[1], microbatches, devices, make)
     for name in want[0]:
         np.testing.assert_allclose(got[0][name], want[0][name], rtol=1e-5, err_msg=name)
     assert_close((0.0, got[1]), (0.0, want[1]))
@@ -149,18 +204,67 @@ def test_dividing_by_each_micro_batchs_own_count_would_be_noticed(params):
     pairs = examples(8, seed=3)
     batch = batch_of(pairs, (16, 16), row_multiple=8)
     objective = OBJECTIVES[0]
-    right = loss_and_grads(params, batch, objective)[0]
+    right = loss_only(params, batch, objective)
     half = len(batch["encoder_input_tokens"]) // 2
     parts = [{k: v[s] for k, v in batch.items()} for s in (slice(0, half), slice(half, None))]
-    wrong = np.mean([loss_and_grads(params, part, objective)[0] for part in parts])
+    wrong = np.mean([loss_only(params, part, objective) for part in parts])
     assert abs(wrong - right) > 1e-3
+
+
+@pytest.mark.parametrize("weight", [1000, 3])
+def test_equal_weights_are_no_weights(params, weight):
+    """Weights of 3 thousandths also show that the divisor may be below one token."""
+    pairs = examples(4)
+    batch = batch_of(pairs, (40, 30))
+    key = {"decoder_example_weights": np.full_like(batch["decoder_loss_weights"], weight)}
+    np.testing.assert_allclose(
+        loss_only(params, batch | key, OBJECTIVES[1]),
+        loss_only(params, batch, OBJECTIVES[1]),
+        rtol=1e-6,
+    )
+
+
+def test_an_example_of_weight_zero_is_absent(params):
+    pairs = examples(5)
+    weights = {"label": 1000, "rationale": 1000}
+    kept = [{**pair, "weights": weights} for pair in pairs[:4]]
+    dropped = {**pairs[4], "weights": {"label": 0, "rationale": 0}}
+    assert_close(
+        loss_and_grads(params, batch_of([*kept, dropped], (40, 30)), OBJECTIVES[1]),
+        loss_and_grads(params, batch_of(pairs[:4], (40, 30)), OBJECTIVES[1]),
+    )
+    nothing = batch_of([{**p, "weights": {"label": 0, "rationale": 0}} for p in pairs], (40, 30))
+    loss, grads = loss_and_grads(params, nothing, OBJECTIVES[1])
+    assert loss == 0 and all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_reported_means_are_by_weight(params):
+    """Weights 1000 and 500 report what 2 copies of the first and 1 of the second report."""
+    first, second = examples(2)
+    weighted = batch_of(
+        [
+            {**first, "weights": {"label": 1000, "rationale": 1000}},
+            {**second, "weights": {"label": 500, "rationale": 500}},
+        ],
+        (40, 30),
+    )
+    copied = batch_of([first, first, second], (40, 30))
+    forward = train.make_forward(t5.T5(TINY), params)
+    reports = []
+    for batch in (weighted, copied):
+        counts = objectives.group_counts(batch)
+        _, sums = OBJECTIVES[1](forward, batch, counts)
+        reports.append(objectives.summarize(OBJECTIVES[1], sums, counts))
+    assert reports[0].keys() == reports[1].keys()
+    for name in reports[0]:
+        np.testing.assert_allclose(reports[0][name], reports[1][name], rtol=1e-5, err_msg=name)
 
 
 def test_alpha_weighs_the_groups_and_an_absent_group_adds_nothing(params):
     pairs = examples(4)
     batch = batch_of(pairs, (40, 30))
     by_alpha = {
-        alpha: loss_and_grads(params, batch, objectives.StepByStep(alpha=alpha, z_loss=0.0))[0]
+        alpha: loss_only(params, batch, objectives.StepByStep(alpha=alpha, z_loss=0.0))
         for alpha in (0.0, 0.25, 1.0)
     }
     np.testing.assert_allclose(
@@ -170,7 +274,7 @@ def test_alpha_weighs_the_groups_and_an_absent_group_adds_nothing(params):
     labels_only["decoder_loss_weights"] = batch["decoder_loss_weights"] * (
         batch["decoder_loss_groups"] == 0
     )
-    half = loss_and_grads(params, labels_only, objectives.StepByStep(alpha=0.5, z_loss=0.0))[0]
+    half = loss_only(params, labels_only, objectives.StepByStep(alpha=0.5, z_loss=0.0))
     np.testing.assert_allclose(half, 0.5 * by_alpha[1.0], rtol=1e-5)
 
 

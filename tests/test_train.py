@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from distill import checkpoints, convert, data, evaluate, objectives, optim, t5, train
+from distill import cache as cache_lib
+from distill import checkpoints, convert, data, evaluate, objectives, optim, packing, t5, train
 
 MODEL = t5.T5Config(
     vocab_size=384, dtype="float32", emb_dim=32, num_heads=4, num_encoder_layers=2,
@@ -270,20 +271,20 @@ def test_overfits_32_svamp_examples(shared, tmp_path):
         optimizer=optim.AdamW(learning_rate=2e-3, warmup_steps=30),
     )  # fmt: skip
     # Score the student on the very examples it was trained on.
-    corpus = data.load(config, "train")
-    batches = data.TrainBatches(corpus, config)
-    trained = {corpus.tasks[batches._task_of[s]].example_ids[batches._row_of[s]]
-               for pair in batches._pairs for s in pair}  # fmt: skip
+    corpus = cache_lib.load(config, "train")
+    batches = data.TrainBatches(corpus, config, packing.Flops.of(model))
+    trained = set(batches.example_ids(batches.plan(0).sequences))
     label_task = next(t for t in corpus.tasks if t.metrics)
-    keep = [i for i, e in enumerate(label_task.example_ids) if e in trained]
-    assert len(keep) == 32
-    subset = dataclasses.replace(
-        label_task,
-        inputs=data.Ragged.of([label_task.inputs[i] for i in keep]),
-        targets=data.Ragged.of([label_task.targets[i] for i in keep]),
-        **{
-            f: [getattr(label_task, f)[i] for i in keep] for f in ("example_ids", "labels", "texts")
-        },
+    records = [r for r in label_task.read(range(len(label_task))) if r.example_id in trained]
+    assert len(records) == 32
+    facts = {f: getattr(label_task, f) for f in ("name", "rate", "dataset", "answer_form")}
+    rows = [
+        dict(inputs=r.inputs, targets=r.targets, example_id=r.example_id, label=r.label,
+             inputs_pretokenized=r.text, loss_group=0, choice=0, loss_weight=1000)
+        for r in records
+    ]  # fmt: skip
+    kept = cache_lib.write_generation(
+        tmp_path, "kept", "train", [(facts | {"metrics": list(label_task.metrics)}, None, rows)]
     )
     from distill import partitioning
     from distill import vocabulary as vocabulary_lib
@@ -294,7 +295,7 @@ def test_overfits_32_svamp_examples(shared, tmp_path):
         folder / "checkpoint_300", evaluate.abstract_params(net, mesh), subtree="params"
     )
     (score,) = evaluate.score_tasks(
-        params, net, dataclasses.replace(corpus, tasks=[subset]),
+        params, net, cache_lib.open_generation(tmp_path / kept),
         vocabulary_lib.load(str(vocabulary)), mesh,
     )  # fmt: skip
     assert score.n == 32 and score.metrics["accuracy"] == 1.0
