@@ -305,7 +305,8 @@ def _code_hash(module: str) -> str:
             "one on the Python path (the default is 'tasks')."
         )
     here = pathlib.Path(__file__).parent
-    files = [here / f"{name}.py" for name in ("task", "sources", "metrics", "vocabulary")]
+    files = [here / f"{name}.py" for name in ("task", "metrics", "vocabulary")]
+    files += sorted((here / "sources").glob("*.py"))
     for folder in top.submodule_search_locations or ():
         files += sorted(pathlib.Path(folder).rglob("*.py"))
     if not top.submodule_search_locations:
