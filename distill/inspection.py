@@ -158,7 +158,7 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sequence_:
+class SequenceTokens:
     """One row of an example."""
 
     task: str
@@ -186,7 +186,7 @@ class Example:
     rank: float
     label: str
     text: str
-    sequences: tuple[Sequence_, ...]
+    sequences: tuple[SequenceTokens, ...]
     left_out: int
 
 
@@ -477,7 +477,7 @@ def _example(tasks, key, rank: float, piece, vocabulary, limits) -> Example:
                 for f in FEATURES
             }
             sequences.append(
-                Sequence_(
+                SequenceTokens(
                     task=rows.name,
                     loss_group=group_name(rows.loss_groups[i]),
                     choice=int(rows.choices[i]),
@@ -524,7 +524,7 @@ def teacher_reports(config: cache.RowsConfig, split: str) -> tuple[TeacherReport
     found = []
     for name in dict.fromkeys(m.dataset for m in info.members if m.dataset):
         gains = ()
-        if sources.settings().parsing == "repaired":
+        if sources.settings().parsing == "repaired" and not sources.settings().rationale_store:
             gains = tuple(sources.repair_gains(task.dataset(name), split))
         found.append(TeacherReport(name, task.report(name, split), gains))
     return tuple(found)
@@ -609,7 +609,8 @@ def teacher_table(reports: Sequence[TeacherReport]) -> Table:
              f"{r.unparsed:,}", f"{r.rationales:,}", _accuracy(r.teacher_accuracy)]
         )  # fmt: skip
         for step, unparsed, accuracy in t.gains:
-            rows.append([f"  {step}", "", "", "", f"{unparsed:,}", "", _accuracy(accuracy)])
+            name = step if step == t.gains[0][0] else f"+ {step}"
+            rows.append([name, "", "", "", f"{unparsed:,}", "", _accuracy(accuracy)])
     return header, rows
 
 
@@ -619,8 +620,8 @@ def batch_facts(b: Batching) -> list[tuple[str, str]]:
     inputs, targets = (b.capacity[f] for f in FEATURES)
     return [
         ("row", f"{inputs:,} input + {targets:,} target tokens ({origin})"),
-        ("step", f"{b.size}; {b.examples / b.steps:,.1f} examples in {b.rows:,} rows of "
-                 f"{inputs + targets:,} tokens, {b.tokens:,.0f} real"),
+        ("step", f"{b.examples / b.steps:,.1f} examples in {b.rows:,} rows of "
+                 f"{inputs + targets:,} tokens, {b.tokens:,.0f} of them real"),
         ("epoch", f"{b.steps:,} steps for {b.examples:,} examples"),
         ("padding", f"{_percent(b.waste.inputs)} of inputs, {_percent(b.waste.targets)} of "
                     f"targets, {b.waste.flops:.3f} x the FLOPs needed"),
@@ -735,7 +736,8 @@ def _text_batches(b: Batching) -> str:
     width = max(len(name) for name, _ in facts)
     return "\n".join(
         [
-            f"Row lengths that waste least, for batches of {b.size}{best}:",
+            f"Row lengths that waste least, for batches of {b.size}{best};",
+            "within 0.5 % of the least FLOPs, the shortest is the best:",
             *table,
             "",
             "Training on it:",
@@ -767,7 +769,7 @@ def _example_title(example: Example) -> str:
     return f"Example {visible(example.example_id)} ({rank}), {label}"
 
 
-def _details(s: Sequence_) -> str:
+def _details(s: SequenceTokens) -> str:
     choice = f", choice {s.choice}" if s.choice else ""
     weight = f", weight {s.weight:g}" if s.weight != 1 else ""
     return choice + weight
@@ -919,7 +921,7 @@ def _html_batches(b: Batching) -> str:
         + f"<h3>Row lengths that waste least, for batches of {_escape(b.size)}</h3>"
         + _html_table(proposal_table(b.proposals), left=())
         + "<p class=note>In tokens; tried on a sample. The FLOPs factor is what is computed over "
-        f"what the real tokens need.{best}</p>"
+        f"what the real tokens need; within 0.5 % of the least, the shortest is the best.{best}</p>"
     )
 
 
@@ -998,8 +1000,8 @@ def length_plot(task: TaskSummary) -> bytes:
     for axes, feature in zip(figure.subplots(1, 2), FEATURES, strict=True):
         lengths = task.lengths[feature]
         edges, counts = histogram(lengths.values, _PLOT_BINS)
-        axes.bar(
-            edges[:-1], counts, width=np.diff(edges), align="edge", color=colours[feature],
+        axes.bar(  # Whole numbers: a bar is around the values that it counts.
+            edges[:-1] - 0.5, counts, width=np.diff(edges), align="edge", color=colours[feature],
             edgecolor="white", linewidth=0.4,
         )  # fmt: skip
         for position, style, name in (

@@ -153,6 +153,7 @@ class _Dataset:
     """A registered dataset: what its module gave, and its source under the run's settings."""
 
     source: sources.Source
+    remembered: sources.Source
     configured: sources.Source
     metric_fns: tuple[metrics.MetricFn, ...]
 
@@ -227,7 +228,8 @@ def register(
             "tasks must have one import name; another dataset needs another name"
         )
     _refuse_taken(name, [f"{name}_{s}{by}" for s in (*_STREAMS, *_MIXTURES) for by in _LABELERS])
-    dataset = _Dataset(source, sources.configured(source, *metric_fns[:1]), tuple(metric_fns))
+    once = sources.Remembered(source)
+    dataset = _Dataset(source, once, sources.configured(once, *metric_fns[:1]), tuple(metric_fns))
     features = {
         key: seqio.Feature(vocabulary().as_seqio(), add_eos=True, dtype=tf.int32)
         for key in ("inputs", "targets")
@@ -442,7 +444,7 @@ def population(task_name: str, split: str) -> list[str] | None:
     """
     if task_name not in _registered:
         return None
-    return [row.id for row in _datasets[_registered[task_name].dataset].source.rows(split)]
+    return [row.id for row in _datasets[_registered[task_name].dataset].remembered.rows(split)]
 
 
 def report(name: str, split: str) -> sources.SourceReport:

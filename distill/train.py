@@ -28,7 +28,15 @@ from etils import epath
 from tqdm import tqdm
 
 from distill import (
-    cache, checkpoints, convert, evaluate, objectives, optim, packing, partitioning, t5,
+    cache,
+    checkpoints,
+    convert,
+    evaluate,
+    objectives,
+    optim,
+    packing,
+    partitioning,
+    t5,
 )  # fmt: skip
 from distill import data as data_lib
 from distill import vocabulary as vocabulary_lib

@@ -66,8 +66,11 @@ def student(model: t5.T5Config) -> t5.T5Config:
 
 def load_student(file: str, vocabulary: vocabulary_lib.Vocabulary) -> tuple[t5.T5Config, str]:
     """Returns the student of a model file, and its name for the report."""
-    resolved = configure.resolve(student, [file], ["student.model=%MODEL"])
-    model = resolved.arguments()["model"]
+    try:
+        resolved = configure.resolve(student, [file], ["student.model=%MODEL"])
+        model = resolved.arguments()["model"]
+    except configure.ConfigError as e:
+        raise configure.ConfigError(str(e).replace("--gin_file", "--model")) from e
     name = file.removesuffix(".gin")
     if vocabulary.size > model.vocab_size:
         # Training refuses this; for a report it is enough to say so.
@@ -80,11 +83,13 @@ def load_student(file: str, vocabulary: vocabulary_lib.Vocabulary) -> tuple[t5.T
 def settings(name: str) -> data.DataConfig:
     """Returns what the flags say."""
     if _BATCH_SIZE.value is not None and _PAIRS.value is not None:
-        raise ValueError("Give --batch_size (rows) or --pairs_per_step (examples), not both.")
+        raise configure.ConfigError(
+            "Give --batch_size (rows) or --pairs_per_step (examples), not both."
+        )
     lengths = None
     if _LENGTHS.value:
         if len(_LENGTHS.value) != 2 or not all(n.strip().isdecimal() for n in _LENGTHS.value):
-            raise ValueError(
+            raise configure.ConfigError(
                 "--feature_lengths takes INPUTS,TARGETS in tokens, for example 512,128, not "
                 f"{','.join(_LENGTHS.value)!r}."
             )
@@ -108,10 +113,13 @@ def settings(name: str) -> data.DataConfig:
 
 def run(argv):
     if len(argv) != 2:
-        raise ValueError(f"give one task or mixture, for example cqa_step_by_step, not {argv[1:]}")
+        given = " ".join(argv[1:]) or "nothing"
+        raise configure.ConfigError(
+            f"Give one task or mixture, for example cqa_step_by_step, not {given}."
+        )
     config, split = settings(argv[1]), _SPLIT.value
     if _HTML.value and epath.Path(_HTML.value).is_dir():
-        raise ValueError(f"--html={_HTML.value} is a folder; name the file to write.")
+        raise configure.ConfigError(f"--html={_HTML.value} is a folder; name the file to write.")
     try:
         vocabulary = vocabulary_lib.load(config.vocabulary)
         model, model_name = load_student(_MODEL.value, vocabulary)
@@ -141,9 +149,11 @@ def run(argv):
         path = epath.Path(_HTML.value)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(inspection.html_report(found))
+            path.write_bytes(inspection.html_report(found).encode("utf-8"))
         except OSError as e:
-            raise ValueError(f"--html={path} cannot be written: {e.strerror or e}") from e
+            raise configure.ConfigError(
+                f"--html={path} cannot be written: {e.strerror or e}"
+            ) from e
         print(f"\n{path}")
 
 

@@ -980,3 +980,18 @@ def test_a_store_replaces_the_published_count_too(data):
     rebind(data_dir=str(data), rationale_store="store.jsonl")
     assert sources.source_report(source, "train").teacher_accuracy == 1.0
     assert sources.repair_gains(source, "train") == []
+
+
+def test_remembered_reads_once_until_a_file_changes(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"q": "a", "l": "x"}\nnot json\n')
+    source = sources.JsonLines("toy", {"train": str(file)}, input="q", label="l")
+    sources.bind(max_bad_rows=1)
+    remembered = sources.Remembered(source)
+    first = sources.source_report(remembered, "train")
+    assert first.rows == 1 and "not valid JSON" in first.notes[0]
+    assert remembered.rows("train") is remembered.rows("train")
+    assert sources.source_report(remembered, "train") == first  # notes are not lost
+    file.write_text('{"q": "a", "l": "x"}\n{"q": "bb", "l": "x"}\n')
+    assert [row.input for row in remembered.rows("train")] == ["a", "bb"]
+    assert sources.source_report(remembered, "train").notes == ()

@@ -34,6 +34,7 @@ FLOORS = {
     "plan": 6,
     "study": 7,
     "report": 7,
+    "inspection": 7,
     "configure": 8,
 }
 # What the accelerator runs; see `test_accelerator_side_imports_little`.

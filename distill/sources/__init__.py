@@ -11,6 +11,7 @@ to it.
 | `FirstOf`         | those of the first of several sources whose files are there               |
 | `WithPool`        | another source's, and unlabeled inputs for training                       |
 | `WithRationales`  | another source's, with the answers of a rationale store                   |
+| `Remembered`      | another source's, read once for all its tasks                             |
 | `Configured`      | another source's, with what the run chose: store, then teacher filter     |
 
 What a run may choose about all sources is bound once for the process (`bind`), from gin through
@@ -19,7 +20,7 @@ rows, so that making one needs no data. Nothing here imports TensorFlow.
 """
 
 from distill.sources.binding import Settings, already_bound, bind, reset, settings
-from distill.sources.composed import OR, FirstOf, WithPool
+from distill.sources.composed import OR, FirstOf, Remembered, WithPool
 from distill.sources.configuring import Configured, configured, repair_gains
 from distill.sources.declared import Field, JsonLines, Tfds
 from distill.sources.jsonlines import BadLine, Line, LinesReport, read_json, read_json_lines
@@ -60,6 +61,7 @@ __all__ = [
     "LinesReport",
     "OR",
     "ReleasedLayout",
+    "Remembered",
     "Repair",
     "Row",
     "STORE_SCHEMA",

@@ -3,8 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
+from etils import epath
+
 from distill import metrics
-from distill.sources.rows import Row, Source, note
+from distill.sources.binding import settings
+from distill.sources.rows import Row, Source, note, noting
 
 OR = "; or "  # between the places of `FirstOf` where nothing was
 
@@ -94,3 +97,39 @@ class WithPool:
 
     def files(self, split: str) -> list[str]:
         return [*self.source.files(split), *(self.pool.files("train") if split == "train" else ())]
+
+
+class Remembered:
+    """A source that reads a split once, until its files change.
+
+    The tasks of a dataset read the same rows one after the other, and large files take a minute to
+    parse. Only the last split is kept.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+        self._last: tuple[object, list[Row], dict[str, bool]] | None = None
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return self.source.splits
+
+    @property
+    def teacher_metric(self) -> metrics.MetricFn | None:
+        return getattr(self.source, "teacher_metric", None)
+
+    def rows(self, split: str) -> list[Row]:
+        paths = [epath.Path(file) for file in self.files(split)]
+        stats = [path.stat() for path in paths if path.exists()]
+        state = split, settings(), paths, [(stat.mtime, stat.length) for stat in stats]
+        if self._last is None or self._last[0] != state:
+            with noting() as notes:
+                rows = self.source.rows(split)
+            self._last = state, rows, notes
+        _, rows, notes = self._last
+        for message, warn in notes.items():
+            note(message, warn)
+        return rows
+
+    def files(self, split: str) -> list[str]:
+        return self.source.files(split)

@@ -1,10 +1,11 @@
 """Rows, the teacher's answers, the protocol of a source, and the report on one."""
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -119,12 +120,8 @@ def source_report(
       split: one of its splits.
       metric_fn: scores the teacher's labels, unless the source has a `teacher_metric`.
     """
-    notes: list[str] = []
-    token = _notes.set(notes)
-    try:
+    with noting() as notes:
         rows = source.rows(split)
-    finally:
-        _notes.reset(token)
     labels = gives_labels(rows)
     return SourceReport(
         rows=len(rows),
@@ -137,7 +134,7 @@ def source_report(
             rows, getattr(source, "teacher_metric", None) or metric_fn
         ),
         unlabeled=sum(r.label is None for r in rows),
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(notes),
     )
 
 
@@ -153,14 +150,27 @@ def teacher_accuracy(rows: Sequence[Row], metric_fn: metrics.MetricFn) -> float 
     return metric_fn([r.label for r in gold], said)["accuracy"]
 
 
-_notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)
+_notes: contextvars.ContextVar[dict[str, bool] | None] = contextvars.ContextVar(
+    "notes", default=None
+)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[str, bool]]:
+    """Collects the sentences of `note` (with their `warn`) meanwhile, each once."""
+    notes: dict[str, bool] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
 
 
 def note(message: str, warn: bool = False) -> None:
-    """Adds a sentence to the report that is being made; a warning is logged too, once."""
+    """Adds a sentence to the report that is being made; without one, a warning is logged, once."""
     notes = _notes.get()
     if notes is not None:
-        notes.append(message)
+        notes[message] = warn
     elif warn:
         warn_once(message)
 
