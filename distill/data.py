@@ -339,13 +339,17 @@ class TrainBatches:
     def _member_lengths(self, members: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return np.where((members >= 0)[..., None], lengths[members], 0)
 
+    def pair_lengths(self, pairs: np.ndarray, epoch: int = 0) -> np.ndarray:
+        """Tokens of pairs, cut to the published limits, int [n, members, 2]; 0 where no member."""
+        cut = np.minimum(self._full, list(MAX_LENGTHS.values()))
+        return self._member_lengths(self._members(pairs, epoch), cut)
+
     def proposals(self, flops: packing.Flops) -> list[packing.Proposal]:
         """Row lengths for a model, the best first; see `packing.propose_lengths`."""
         # Not by the seed: runs that differ in nothing else share one compiled program.
         order = np.random.default_rng(0).permutation(self.num_pairs)[:SAMPLE_PAIRS]
-        cut = np.minimum(self._full, list(MAX_LENGTHS.values()))
         return packing.propose_lengths(
-            self._member_lengths(self._members(order, 0), cut),
+            self.pair_lengths(order),
             flops,
             rows=self.config.batch_size,
             pairs=self.config.pairs_per_step,

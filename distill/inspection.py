@@ -81,7 +81,6 @@ class TaskSummary:
       name: of the task.
       dataset: what it was registered for; None for a foreign SeqIO task.
       rate: mixing rate.
-      metrics: names of its metric functions.
       rows: sequences.
       examples: different examples that they belong to.
       population: examples of the dataset's split.
@@ -94,7 +93,6 @@ class TaskSummary:
     name: str
     dataset: str | None
     rate: float
-    metrics: tuple[str, ...]
     rows: int
     examples: int
     population: int
@@ -149,12 +147,12 @@ class Tokens:
     Attributes:
       pieces: one for each token, safe to print.
       special: of these, which stand for an id without text (EOS, padding, unknown).
-      kept: at this many tokens it is cut, all where it is not; EOS then takes the last place.
+      cut: which do not fit (not the last, which stays as the end).
     """
 
     pieces: tuple[str, ...]
     special: tuple[bool, ...]
-    kept: int
+    cut: tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +289,6 @@ def describe_task(rows: cache.TaskRows, limits: Mapping[str, int]) -> TaskSummar
         name=rows.name,
         dataset=rows.dataset,
         rate=rows.rate,
-        metrics=rows.metrics,
         rows=len(rows),
         examples=len(per_example),
         population=len(rows.population),
@@ -360,11 +357,14 @@ def histogram(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 # --- Tokens as text -------------------------------------------------------------------------------
 
 
+_NAMED = {"\t": "<TAB>", "\n": "<LF>", "\r": "<CR>", "\x1b": "<ESC>"}
+
+
 def visible(text: str) -> str:
     """Returns a text in which every character can be seen and none does anything.
 
-    Control characters become their pictures (newline is ␊), and what has no picture and no width,
-    or turns the direction of writing, becomes `<U+202E>`.
+    Control characters, white space other than the space, and what turns the direction of writing
+    or has no width become `<LF>` or `<U+202E>`. (Unicode's control pictures lack in many fonts.)
     """
     return "".join(map(_visible_character, text))
 
@@ -372,13 +372,11 @@ def visible(text: str) -> str:
 def _visible_character(character: str) -> str:
     if character == " " or character.isascii() and character.isprintable():
         return character
-    code, category = ord(character), unicodedata.category(character)
-    if code < 32:
-        return chr(0x2400 + code)
-    if code == 127:
-        return "\u2421"
-    # C*: control, format, surrogate, private, unassigned; Z*: white space other than the space.
-    return f"<U+{code:04X}>" if category[0] in "CZ" else character
+    if character in _NAMED:
+        return _NAMED[character]
+    # C*: control, format, surrogate, private, unassigned; Z*: white space.
+    unseen = unicodedata.category(character)[0] in "CZ"
+    return f"<U+{ord(character):04X}>" if unseen else character
 
 
 def pieces_of(vocabulary: vocabulary_lib.Vocabulary) -> Callable[[int], str]:
@@ -428,11 +426,12 @@ def tokens_of(
       limit: tokens at which longer ones are cut.
     """
     ids = [int(i) for i in ids]
-    cut = limit is not None and len(ids) > limit
+    last = len(ids) - 1
+    kept = last if limit is None or len(ids) <= limit else limit - 1
     return Tokens(
         pieces=tuple(map(piece, ids)),
         special=tuple(i <= special for i in ids),
-        kept=limit - 1 if cut else len(ids),
+        cut=tuple(kept <= place < last for place in range(len(ids))),
     )
 
 
@@ -555,7 +554,7 @@ def task_table(tasks: Sequence[TaskSummary]) -> Table:
         "task": lambda t: t.name,
         "rows": lambda t: f"{t.rows:,}",
         "examples": lambda t: f"{t.examples:,}",
-        "of": lambda t: f"{t.population:,}",
+        "of dataset": lambda t: f"{t.population:,}",
         "without a row": lambda t: f"{t.without:,}",
         "loss group": lambda t: ", ".join(
             name if len(t.loss_groups) == 1 else f"{name} ({n:,})"
@@ -609,7 +608,7 @@ def teacher_table(reports: Sequence[TeacherReport]) -> Table:
              f"{r.unparsed:,}", f"{r.rationales:,}", _accuracy(r.teacher_accuracy)]
         )  # fmt: skip
         for step, unparsed, accuracy in t.gains:
-            name = step if step == t.gains[0][0] else f"+ {step}"
+            name = f"  {step}" if step == t.gains[0][0] else f"  + {step}"
             rows.append([name, "", "", "", f"{unparsed:,}", "", _accuracy(accuracy)])
     return header, rows
 
@@ -748,12 +747,15 @@ def _text_batches(b: Batching) -> str:
 
 def _text_example(example: Example, colour: bool, width: int) -> str:
     lines = [_paint(_example_title(example), _BOLD, colour)]
-    for s in example.sequences:
+    for s, known in _with_known_inputs(example):
         group = _paint(s.loss_group, _GROUP_COLOURS.get(s.loss_group), colour)
         lines.append(f"  {visible(s.task)}, loss group {group}{_details(s)}")
         for feature in FEATURES:
             code = _GROUP_COLOURS.get(s.loss_group) if feature == "targets" else None
             tokens = getattr(s, feature)
+            if feature == "inputs" and known:
+                lines.append("    inputs as before")
+                continue
             lines.append(f"    {feature}, {len(tokens.pieces):,} tokens:")
             lines += _text_tokens(tokens, code, colour, max(width - 6, 20))
     if example.left_out:
@@ -775,13 +777,21 @@ def _details(s: SequenceTokens) -> str:
     return choice + weight
 
 
+def _with_known_inputs(example: Example) -> Iterator[tuple[SequenceTokens, bool]]:
+    """Yields each sequence, and whether it has the inputs of the one before, as choices do."""
+    before = None
+    for s in example.sequences:
+        yield s, s.inputs == before
+        before = s.inputs
+
+
 def _left_out(example: Example) -> str:
     return f"and {example.left_out:,} more sequences, of which one is drawn per epoch"
 
 
 def _text_tokens(tokens: Tokens, code: str | None, colour: bool, width: int) -> list[str]:
     """Tokens with `|` between them, broken into lines; a `|` inside a token is `\\|`."""
-    lines, line, used = [], [], 0
+    lines, line, used, in_cut = [], [], 0, False
 
     def end() -> None:
         nonlocal line, used
@@ -789,14 +799,18 @@ def _text_tokens(tokens: Tokens, code: str | None, colour: bool, width: int) -> 
             lines.append("      " + _paint("|", _DIM, colour).join(line))
         line, used = [], 0
 
-    for i, (piece, special) in enumerate(zip(tokens.pieces, tokens.special, strict=True)):
-        if i == tokens.kept:
+    each = zip(tokens.pieces, tokens.special, tokens.cut, strict=True)
+    for piece, special, cut in each:
+        if cut != in_cut:
             end()
-            lines.append(f"      --- cut here, {len(tokens.pieces) - i:,} tokens; EOS stays ---")
+            lines.append(
+                f"      --- {sum(tokens.cut):,} tokens are cut: ---" if cut else "      ---"
+            )
+            in_cut = cut
         text = piece if special else piece.replace("\\", "\\\\").replace("|", "\\|")
         if line and used + len(text) + 1 > width:
             end()
-        paint = _DIM if i >= tokens.kept else _REVERSE if special else code
+        paint = _DIM if cut else _REVERSE if special else code
         line.append(_paint(text, paint, colour))
         used += len(text) + 1
     end()
@@ -817,6 +831,7 @@ p, dd { overflow-wrap: anywhere; } p.note { color: #4a5568; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid #e2e8f0; }
 th { background: #f7fafc; font-weight: 600; } th.l, td.l { text-align: left; }
+td { white-space: pre; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .15rem 1rem; margin: .6rem 0; }
 dt { color: #4a5568; } dd { margin: 0; }
 img { max-width: 100%; height: auto; display: block; margin: .5rem 0; }
@@ -849,7 +864,7 @@ def html_report(found: Inspection) -> str:
         "<h2>Tasks</h2>",
         _html_table(task_table(found.tasks), left=(0, 5)),
         "<p class=note>A row is one sequence; an example is what its sequences (predict, explain) "
-        "share. <i>of</i>: examples of the dataset's split. Of several rows for one example "
+        "share. <i>of dataset</i>: examples of its split. Of several rows for one example "
         "(<i>choices</i>), one is drawn per epoch.</p>",
     ]
     if found.teacher is not None:
@@ -909,8 +924,8 @@ def _html_teacher(reports: Sequence[TeacherReport]) -> str:
         _html_table(teacher_table(reports))
         + notes
         + "<p class=note><i>gold</i>: rows with a gold label. <i>parsed</i>, <i>unparsed</i>: rows "
-        "with and without a teacher label. The accuracy is over all rows with a gold label; "
-        "unparsed is wrong.</p>"
+        "with and without a teacher label. The accuracy is over the rows with a gold label that "
+        "the teacher was asked; unparsed is wrong.</p>"
     )
 
 
@@ -937,7 +952,7 @@ def _html_legend(examples: Sequence[Example]) -> str:
     ]
     boxes += ['<span class="t special">&lt;/s&gt;</span> an id without text (end of sequence)']
     if any(
-        len(tokens.pieces) > tokens.kept
+        any(tokens.cut)
         for e in examples for s in e.sequences for tokens in (s.inputs, s.targets)
     ):  # fmt: skip
         boxes += ['<span class="t cut">cut off</span>']
@@ -949,13 +964,16 @@ def _html_legend(examples: Sequence[Example]) -> str:
 
 def _html_example(example: Example) -> str:
     parts = [f"<h3>{_escape(_example_title(example))}</h3>"]
-    for s in example.sequences:
+    for s, known in _with_known_inputs(example):
         parts.append(
             f"<p><b>{_escape(s.task)}</b>, loss group <b>{_escape(s.loss_group)}</b>"
             f"{_escape(_details(s))}</p>"
         )
         for feature in FEATURES:
             tokens = getattr(s, feature)
+            if feature == "inputs" and known:
+                parts.append("<div class=feature>inputs as before</div>")
+                continue
             group = _group_class(s.loss_group) if feature == "targets" else ""
             parts.append(
                 f"<div class=feature>{feature}, {len(tokens.pieces):,} tokens</div>"
@@ -973,8 +991,8 @@ def _html_example(example: Example) -> str:
 
 def _html_tokens(tokens: Tokens, group: str) -> str:
     made = []
-    for i, (piece, special) in enumerate(zip(tokens.pieces, tokens.special, strict=True)):
-        classes = ["t", group, "special" if special else "", "cut" if i >= tokens.kept else ""]
+    for piece, special, cut in zip(tokens.pieces, tokens.special, tokens.cut, strict=True):
+        classes = ["t", group, "special" if special else "", "cut" if cut else ""]
         # Pieces are visible already. Browsers break lines between the boxes.
         made.append(f'<span class="{" ".join(filter(None, classes))}">{html.escape(piece)}</span>')
     return "<wbr>".join(made)
@@ -993,7 +1011,7 @@ def length_plot(task: TaskSummary) -> bytes:
     """Returns the length histograms of a task as a PNG."""
     from matplotlib.figure import Figure
 
-    colours = dict(zip(FEATURES, ("#718096", "#718096"), strict=True))
+    colours = dict.fromkeys(FEATURES, "#718096")
     if len(task.loss_groups) == 1:
         colours["targets"] = _COLOURS.get(next(iter(task.loss_groups)), "#6b46c1")
     figure = Figure(figsize=(10, 2.7), layout="constrained")
@@ -1006,7 +1024,7 @@ def length_plot(task: TaskSummary) -> bytes:
         )  # fmt: skip
         for position, style, name in (
             (lengths.percentile(50), "-", f"median {lengths.percentile(50):,}"),
-            (lengths.percentile(95), "--", f"95 % {lengths.percentile(95):,}"),
+            (lengths.percentile(95), "--", f"p95 {lengths.percentile(95):,}"),
             (lengths.limit, ":", f"cut at {lengths.limit:,}"),
         ):
             if position <= edges[-1]:
@@ -1015,10 +1033,15 @@ def length_plot(task: TaskSummary) -> bytes:
         axes.set_ylabel("rows")
         axes.grid(alpha=0.3, axis="y")
         axes.set_axisbelow(True)
-        axes.legend(fontsize=8, frameon=False)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.legend(  # Above the bars, which may be anywhere.
+            fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.98)
+        )
         axes.spines[["top", "right"]].set_visible(False)
     # The name is text, not TeX: a `$` in it would be read as mathematics.
-    figure.suptitle(visible(task.name), fontsize=10, parse_math=False)
+    figure.suptitle(visible(task.name), x=0.01, ha="left", fontsize=10, parse_math=False)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
     return png.getvalue()

@@ -504,14 +504,20 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 def _unknown(kind: str, name: str, known: list[str]) -> str:
     hint = _did_you_mean(name, known)
     if _modules:
-        return (
-            f"no {kind} named {name!r}.{hint} MIXTURE_OR_TASK_MODULE={','.join(_modules)} "
-            f"was imported; known: {', '.join(known) or 'none'}. A new dataset is registered "
-            "by a module that it imports"
-        )
+        imported = f"MIXTURE_OR_TASK_MODULE={','.join(_modules)} was imported; "
+    else:
+        imported = "No task module was imported: call task.import_module. "
+    # Not all names: a dataset has fourteen and its mixtures.
+    forms = ", ".join(f"<dataset>_{form}" for form in (*_STREAMS, *_MIXTURES))
+    others = [
+        n for n in known if n not in _registered and n not in _mixtures and n not in _datasets
+    ]
+    others += [n for n in _mixtures if n.startswith("all_")]
     return (
-        f"no {kind} named {name!r}.{hint} No task module was imported: call "
-        f"task.import_module (MIXTURE_OR_TASK_MODULE). Known: {', '.join(known) or 'none'}"
+        f"no {kind} named {name!r}.{hint} {imported}datasets: {', '.join(_datasets) or 'none'}"
+        + (f"; their tasks: {forms}, and each with _llm" if kind != "dataset" else "")
+        + (f"; others: {', '.join(sorted(others))}" if others else "")
+        + ". A new dataset is registered by a module that MIXTURE_OR_TASK_MODULE imports"
     )
 
 

@@ -10,7 +10,7 @@ must be those of the run: a cache belongs to its data folder, vocabulary, parsin
 
 from absl import app, flags
 
-from distill import cache
+from distill import cache, configure
 
 _MIXTURE = flags.DEFINE_list("mixture", None, "Tasks or mixtures, comma separated.", required=True)
 _SPLITS = flags.DEFINE_list("splits", ["train", "validation", "test"], "Splits, comma separated.")
@@ -30,9 +30,9 @@ _CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Where to keep them [DISTILL
 _REBUILD = flags.DEFINE_bool("rebuild", False, "Build also what is fresh.")
 
 
-def main(argv):
+def run(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; names go to --mixture=a,b")
+        raise ValueError(f"unexpected arguments {argv[1:]}; names go to --mixture=a,b")
     for name in _MIXTURE.value:
         config = cache.RowsConfig(
             name,
@@ -57,6 +57,10 @@ def main(argv):
             tokens = sum(int(task.lengths.sum()) for task in corpus.tasks)
             state = "built" if split in built else "fresh"
             print(f"{name} {split}: {rows:,} rows, {tokens:,} tokens, {state}: {corpus.folder}")
+
+
+def main(argv):
+    configure.run_main(run, argv)
 
 
 if __name__ == "__main__":

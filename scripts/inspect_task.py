@@ -5,8 +5,8 @@ r"""Shows what a task or mixture holds, before a run is paid for.
 
 For every member task: rows, examples, loss group, token counts and histograms, how much is cut; the
 row lengths that waste least on the student (--model), and what an epoch is then; a few examples as
-tokens, `|` between them, from the shortest to the longest; what the teacher said. --html writes the
-same with plots, as one file.
+tokens, `|` between them, from the shortest to the longest; what the teacher said, as the run would
+read it (after --parsing and --teacher_filter). --html writes the same with plots, as one file.
 
 Rows come from the row cache, which is built first if it is not there (as scripts/cache_tasks.py
 does), so that a second call is quick and a run with the same settings finds it. Only what the
@@ -111,6 +111,14 @@ def settings(name: str) -> data.DataConfig:
     )
 
 
+def show(text: str) -> None:
+    """Prints a part of the report; a reader that has seen enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(argv):
     if len(argv) != 2:
         given = " ".join(argv[1:]) or "nothing"
@@ -141,10 +149,10 @@ def run(argv):
         sys.stdout.reconfigure(errors="backslashreplace")
         colour = tty and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         width = shutil.get_terminal_size().columns if tty else 100
-        print(inspection.text_report(found, colour=colour, width=width), flush=True)
+        show(inspection.text_report(found, colour=colour, width=width))
         if teacher:
             found = dataclasses.replace(found, teacher=teacher.result())
-            print(f"\n{inspection.teacher_text(found.teacher)}")
+            show(f"\n{inspection.teacher_text(found.teacher)}")
     if _HTML.value:
         path = epath.Path(_HTML.value)
         try:
@@ -154,7 +162,7 @@ def run(argv):
             raise configure.ConfigError(
                 f"--html={path} cannot be written: {e.strerror or e}"
             ) from e
-        print(f"\n{path}")
+        show(f"\n{path}")
 
 
 def main(argv):

@@ -14,7 +14,7 @@ import sentencepiece
 from absl import app, flags
 from etils import epath
 
-from distill import task
+from distill import configure, task
 
 _MIXTURE = flags.DEFINE_list(
     "mixture", None, "Tasks or mixtures whose train split is read, comma separated."
@@ -69,9 +69,9 @@ def train(texts: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def main(argv):
+def run(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; names go to --mixture=a,b")
+        raise ValueError(f"unexpected arguments {argv[1:]}; names go to --mixture=a,b")
     output = epath.Path(_OUTPUT.value)
     if output.is_dir():
         output = output / "spiece.model"
@@ -98,6 +98,10 @@ def main(argv):
         f"next: python scripts/train.py --gin.VOCABULARY={output} "
         f"--gin.MIXTURE_OR_TASK_NAME={_MIXTURE.value[0]} ..."
     )
+
+
+def main(argv):
+    configure.run_main(run, argv)
 
 
 if __name__ == "__main__":

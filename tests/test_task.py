@@ -747,8 +747,8 @@ def test_the_guides_dataset_of_one_file(tmp_path, monkeypatch):
 def test_unknown_names_list_what_there_is(toy):
     with pytest.raises(
         ValueError,
-        match=r"'toy_predit'\. Did you mean 'toy_predict'.*known: .*"
-        r"toy_step_by_step_llm|No task module",
+        match=r"'toy_predit'\. Did you mean 'toy_predict'.*datasets: toy; their tasks: "
+        r"<dataset>_label, .*<dataset>_step_by_step, and each with _llm",
     ):
         task.lookup("toy_predit")
     with pytest.raises(ValueError, match="No task module was imported"):

@@ -8,8 +8,8 @@ call, and prints
 
   plan     seconds to plan a whole epoch
   resume   seconds from opening the cache to the batch after step 100,000
-  tokens/s that are not padding, from the loader alone, with this process pinned to one core, and
-           with 1 and 2 loader processes on as many cores (Linux only), medians of interleaved rounds
+  tokens/s that are not padding, from the loader alone: threads on one core, and 1 and 2 loader
+           processes on as many cores (Linux only), medians of interleaved rounds
 """
 
 import os
@@ -89,6 +89,8 @@ def tokens_per_second(folder: pathlib.Path, processes: int, cores: int) -> float
 
 def main(argv):
     del argv
+    import grain  # noqa: F401 - once, before anything is timed
+
     folder = corpus(_EXAMPLES.value, pathlib.Path(_FOLDER.value)).folder
     batches = batches_of(folder)
 
