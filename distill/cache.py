@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from distill import vocabulary as vocabulary_lib
 
-FORMAT = 2
+FORMAT = 3
 # A generation that is not the current one any more may still be read for so long (seconds).
 GRACE = 24 * 3600
 _COLUMNS = ("lengths", "loss_groups", "keys", "choices", "weights", "population")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from distill import cache, data, inspection, packing, sources, vocabulary
+from distill.inspection import page as page_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 BYTES = vocabulary.load("bytes")
@@ -404,7 +405,7 @@ def test_a_page_is_harmless_whatever_a_row_holds(corpus_of):
     images = [value for _, name, value in page.attrs if name == "src"]
     assert len(images) == 2 and all(i.startswith("data:image/png;base64,iVBOR") for i in images)
     assert not re.search(r"https?:|url\(|@import", made)  # nothing is fetched
-    assert ("meta", "content", inspection._POLICY) in page.attrs
+    assert ("meta", "content", page_lib._POLICY) in page.attrs
     assert all(unicodedata.category(c)[0] != "C" or c == "\n" for c in made)
     made.encode("utf-8")
 
