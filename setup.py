@@ -34,7 +34,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "tensorstore>=0.1.84,<0.2",
         "grain>=0.2.18,<0.3",
-        "array-record>=0.8.3,<0.9",
+        "array_record>=0.8.3,<0.9",
         "numpy>=2.0,<3",
         "etils[epath]>=1.15,<2",
         "absl-py>=2.3,<3",

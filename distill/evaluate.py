@@ -192,11 +192,11 @@ class EvaluateConfig:
       batch_size: rows decoded together.
       data_dir: None = $DISTILL_DATA_DIR, else the run's.
       vocabulary: None = the one that the checkpoint was trained with.
-      parsing: see `cache.RowsConfig`; so are the following. They matter to tasks that show the
-        student a rationale.
-      rationale_store: None = the sources' own rationales.
+      parsing: see `cache.RowsConfig`; so are the following. It matters to tasks that show the
+        student a rationale. None = the run's.
+      rationale_store: the same.
       max_bad_rows: None = none.
-      allow_missing: datasets of the mixture that may be absent.
+      allow_missing: datasets of the mixture that may be absent; empty = those of the run.
       cache_dir: where tokenised rows are kept.
     """
 
@@ -309,10 +309,10 @@ def _corpus(config: EvaluateConfig, metadata: dict):
         mixture_or_task_module=config.mixture_or_task_module or metadata["module"],
         data_dir=config.data_dir or os.environ.get("DISTILL_DATA_DIR") or metadata["data_dir"],
         vocabulary=config.vocabulary or metadata["vocabulary"],
-        parsing=config.parsing,
-        rationale_store=config.rationale_store,
+        parsing=config.parsing or metadata["parsing"],
+        rationale_store=config.rationale_store or metadata["rationale_store"],
         max_bad_rows=config.max_bad_rows,
-        allow_missing=config.allow_missing,
+        allow_missing=config.allow_missing or metadata["allow_missing"],
         cache_dir=config.cache_dir,
     )
     vocabulary = vocabulary_lib.load(rows.vocabulary)
