@@ -15,6 +15,8 @@ second finds the same generation already there.
 Rows are kept whole: where they are cut is decided by the reader.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +29,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,11 +39,12 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
+from distill import sources
 from distill import vocabulary as vocabulary_lib
 
-FORMAT = 3
+FORMAT = 4
 # A generation that is not the current one any more may still be read for so long (seconds).
-GRACE = 24 * 3600
+GRACE = 7 * 24 * 3600
 _COLUMNS = ("lengths", "loss_groups", "keys", "choices", "weights", "population")
 _HEADER = struct.Struct("<II")  # input and target tokens of a record
 _REPORT_EVERY = 500  # rows
@@ -93,8 +97,14 @@ class RowsConfig:
             default(field)
         default("vocabulary", vocabulary_lib.BYTES)
         default("cache_dir", "~/.cache/distill-step-by-step")
-        if self.max_bad_rows is not None:
-            object.__setattr__(self, "max_bad_rows", int(self.max_bad_rows))
+        for field in ("parsing", "teacher_filter", "max_bad_rows"):
+            if (value := getattr(self, field)) is not None:
+                object.__setattr__(self, field, sources.checked(field, value))
+        if "://" in self.cache_dir:
+            raise ValueError(
+                f"CACHE_DIR={self.cache_dir} must be a local folder: rows are read from it at "
+                "random, through memory maps. Every host keeps its own."
+            )
         names = self.allow_missing
         if isinstance(names, str):  # --gin.ALLOW_MISSING=esnli,gsm8k
             names = [name.strip() for name in names.split(",") if name.strip()]
@@ -201,7 +211,7 @@ class Corpus:
       split: `train`, `validation` or `test`.
       tasks: the rows of each member.
       pairs: see `number_pairs`.
-      fingerprint: sha256 over all rows; two corpora with the same one give the same batches.
+      fingerprint: sha256 over rows and rates; corpora with the same one give the same batches.
       folder: of this generation.
     """
 
@@ -232,7 +242,8 @@ def open_generation(folder: pathlib.Path) -> Corpus:
         member = {**member, "metrics": tuple(member["metrics"])}
         tasks.append(TaskRows(**member, path=str(folder / f"{number}.array_record"), **columns))
     pairs = np.load(folder / "pairs.npy", mmap_mode="r")
-    return Corpus(manifest["name"], manifest["split"], tasks, pairs, folder.name, folder)
+    fingerprint = manifest["fingerprint"]
+    return Corpus(manifest["name"], manifest["split"], tasks, pairs, fingerprint, folder)
 
 
 def number_pairs(keys: Sequence[np.ndarray]) -> np.ndarray:
@@ -266,7 +277,7 @@ def load(config: RowsConfig, split: str, *, prepared: bool = False) -> Corpus:
         prepare(config, (split,))
     folder = _folder(config, split)
     index = json.loads((folder / "index.json").read_text())
-    if index["lacking"]:
+    if index["generation"] is None:
         raise NoSplitError(f"{', '.join(index['lacking'])}: no split {split!r}.")
     if index["skipped"]:
         logging.warning(
@@ -282,6 +293,7 @@ def load(config: RowsConfig, split: str, *, prepared: bool = False) -> Corpus:
 def _folder(config: RowsConfig, split: str) -> pathlib.Path:
     """Where the rows of a split are kept: by all that names them."""
     identity = dataclasses.asdict(config.rows()) | {"format": FORMAT, "split": split}
+    identity["seqio_caches"] = os.environ.get("DISTILL_SEQIO_CACHE_DIRS")  # see task.import_module
     del identity["cache_dir"]
     for field in ("data_dir", "rationale_store"):
         if identity[field] and "://" not in identity[field]:
@@ -296,38 +308,83 @@ def _sha256(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _code_hash(module: str) -> str:
-    """Hash of the source that decides the rows: the task modules and the code that tokenises."""
-    top = importlib.util.find_spec(module.split(".")[0])  # finding a top level imports nothing
-    if top is None:
+def _require_module(module: str) -> None:
+    """Raises ValueError where there is no such module."""
+    if importlib.util.find_spec(module.split(".")[0]) is None:  # finding it imports nothing
         raise ValueError(
             f"There is no module {module!r} to import tasks from. Set MIXTURE_OR_TASK_MODULE to "
             "one on the Python path (the default is 'tasks')."
         )
+
+
+def _code(module: str) -> dict[str, str]:
+    """Hashes of the source that decides the rows, by file; called where all of it is imported.
+
+    The code that tokenises, the task module's package, and what it imports but for installed
+    packages and the standard library.
+    """
     here = pathlib.Path(__file__).parent
-    files = [here / f"{name}.py" for name in ("task", "metrics", "vocabulary")]
-    files += sorted((here / "sources").glob("*.py"))
-    for folder in top.submodule_search_locations or ():
-        files += sorted(pathlib.Path(folder).rglob("*.py"))
-    if not top.submodule_search_locations:
-        files.append(pathlib.Path(top.origin))
-    return hashlib.sha256("".join(_sha256(f) for f in files).encode()).hexdigest()
+    files = {here / f"{name}.py" for name in ("task", "metrics", "vocabulary")}
+    files |= set((here / "sources").glob("*.py"))
+    installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib",
+                                                             "platlib")})  # fmt: skip
+    for name, imported in list(sys.modules.items()):
+        file = getattr(imported, "__file__", None)
+        own = name.split(".")[0] == module.split(".")[0]
+        if not file or not file.endswith(".py") or name.split(".")[0] in ("distill", "__main__"):
+            continue
+        if own or not os.path.abspath(file).startswith(installed):
+            files.add(pathlib.Path(file))
+    return {str(file): _sha256(file) for file in sorted(files)}
+
+
+def _surroundings(config: RowsConfig, files: Sequence[str], datasets: Sequence[str]) -> dict:
+    """What lies around the files that were read.
+
+    Which completions there are, and which of several sources is used, is decided by what exists:
+    a file that was not there may decide the rows once it is.
+
+    Returns:
+      Folder -> the names in it; None where it does not exist. Folders in the data folder only.
+    """
+    if not config.data_dir:
+        return {}
+    root = epath.Path(config.data_dir)
+    folders = {root / name for name in (*datasets, "tfds")}
+    for file in files:
+        folders |= {p for p in list(epath.Path(file).parents)[:2] if root in p.parents}
+    return {str(folder): _names(folder) for folder in sorted(folders, key=str)}
+
+
+def _names(folder) -> list[str] | None:
+    folder = epath.Path(folder)
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else None
 
 
 def _is_fresh(folder: pathlib.Path, config: RowsConfig) -> bool:
+    _require_module(config.mixture_or_task_module)
     try:
         index = json.loads((folder / "index.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return False
     if index["files"] is None:  # a foreign SeqIO task: nobody knows what it reads
         return False
-    generation = index["generation"]
+    hashed = index["code"] | index["files"]
     return (
-        (generation is None or (folder / generation / "manifest.json").exists())
-        and index["code"] == _code_hash(config.mixture_or_task_module)
+        (index["generation"] is None or _is_whole(folder / index["generation"]))
         and index["vocabulary"] == vocabulary_lib.load(config.vocabulary).fingerprint
-        and all(epath.Path(f).exists() and _sha256(f) == h for f, h in index["files"].items())
+        and all(_names(around) == names for around, names in index["around"].items())
+        and all(epath.Path(f).exists() and _sha256(f) == h for f, h in hashed.items())
     )
+
+
+def _is_whole(generation: pathlib.Path) -> bool:
+    """Whether all files of a generation are there, with the sizes that were written."""
+    try:
+        sizes = json.loads((generation / "manifest.json").read_text())["sizes"]
+        return all((generation / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 # --- Building -------------------------------------------------------------------------------------
@@ -358,14 +415,15 @@ def prepare(config: RowsConfig, splits: Sequence[str], *, rebuild: bool = False)
     )  # fmt: skip
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         "CUDA_VISIBLE_DEVICES": "",  # TensorFlow would take the accelerator's memory
     }
     request = json.dumps([dataclasses.asdict(config.rows()), stale])
     failure = None
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "distill.cache", request],
+            # -P: the modules are those of this process, not what lies in the current folder.
+            [sys.executable, "-P", "-m", "distill.cache", request],
             env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
         with child, tqdm(unit="row", disable=not sys.stderr.isatty(), leave=False) as bar:
@@ -411,7 +469,7 @@ def _build_all(request: str) -> int:
 
 
 def _tell(**message) -> None:
-    print(_SIGN + json.dumps(message), flush=True)
+    print(f"\n{_SIGN}{json.dumps(message)}", flush=True)
 
 
 def _build(folder: pathlib.Path, config: RowsConfig, split: str) -> None:
@@ -430,45 +488,59 @@ def _build(folder: pathlib.Path, config: RowsConfig, split: str) -> None:
     info = task.describe(
         config.mixture_or_task_name, allow_missing=config.allow_missing, split=split
     )
-    lacking = [m.name for m in info.members if split not in task.lookup(m.name).splits]
-    files = [] if lacking else info.files(split)
-    # Hashed before the rows are read: a file that changes meanwhile makes the cache stale.
+    # As in SeqIO, a split of a mixture is that of the members that have it.
+    members = [m for m in info.members if split in task.lookup(m.name).splits]
+    lacking = [m.name for m in info.members if m not in members]
+    info = dataclasses.replace(info, members=tuple(members))
+    files = info.files(split) if members else []
+    datasets = sorted({m.dataset for m in members if m.dataset} | set(info.skipped))
+    # Looked at before the rows are read: what changes meanwhile makes the cache stale.
     hashes = None if files is None else {str(f): _sha256(f) for f in files}
     index = {
         "mixture": config.mixture_or_task_name,
         "split": split,
         "lacking": lacking,
         "skipped": list(info.skipped),
-        "code": _code_hash(config.mixture_or_task_module),
+        "code": _code(config.mixture_or_task_module),
         "vocabulary": vocabulary_lib.load(config.vocabulary).fingerprint,
         "files": hashes,
+        "around": _surroundings(config, files or (), datasets),
         "generation": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    if not lacking:
-        members = []
-        for member in info.members:
+    if members:
+        wanted = []
+        for member in members:
             _require_vocabulary(task.lookup(member.name), config)
             facts = {
                 "name": member.name, "rate": float(member.rate), "metrics": list(member.metrics),
                 "dataset": member.dataset, "answer_form": member.answer_form,
             }  # fmt: skip
             population = task.population(member.name, split)
-            members.append((facts, population, task.tokenized_rows(member.name, split)))
+            wanted.append((facts, population, task.tokenized_rows(member.name, split)))
         index["generation"] = write_generation(
-            folder, config.mixture_or_task_name, split, members, _tell
+            folder, config.mixture_or_task_name, split, wanted, _tell
         )
-    partial = folder / f".index.{os.getpid()}"
-    partial.write_text(json.dumps(index, indent=1))
-    partial.replace(folder / "index.json")
-    _remove_old(folder, index["generation"])
+    _replace_index(folder, index)
 
 
-def _remove_old(folder: pathlib.Path, current: str | None) -> None:
+def _replace_index(folder: pathlib.Path, index: dict) -> None:
+    """Makes a generation the current one, and removes those that nobody can be reading."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        displaced = json.loads((folder / "index.json").read_text())["generation"]
+        if displaced and displaced != index["generation"]:
+            os.utime(folder / displaced)  # it may be read until GRACE from now
     for path in folder.iterdir():
-        unused = path.is_dir() and path.name != current
-        if unused and time.time() - path.stat().st_mtime > GRACE:
+        if not path.is_dir() or path.name == index["generation"]:
+            continue
+        if time.time() - path.stat().st_mtime > GRACE:
             shutil.rmtree(path, ignore_errors=True)
+    handle, partial = tempfile.mkstemp(prefix=".index.", dir=folder)
+    with os.fdopen(handle, "w") as f:
+        json.dump(index, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, folder / "index.json")
 
 
 def write_generation(
@@ -490,10 +562,10 @@ def write_generation(
       progress: is told now and then the task, the split, and the rows done and in all.
 
     Returns:
-      The generation: the hash of the rows, which is the new folder's name.
+      The generation: the hash of all that was written, which is the new folder's name.
 
     Raises:
-      ValueError: two examples of a dataset have one id.
+      ValueError: two examples of a dataset have one id, or a row has no tokens.
     """
     new = pathlib.Path(tempfile.mkdtemp(prefix=".building.", dir=folder))
     try:
@@ -501,17 +573,30 @@ def write_generation(
         kept, keys = [], []
         for number, (facts, population, rows) in enumerate(members):
             kept.append(facts)
-            digest.update(json.dumps(facts).encode())
+            digest.update(json.dumps([facts["name"], facts["rate"]]).encode())
             told = functools.partial(progress or _ignore, task=facts["name"], split=split)
             keys.append(_write_task(new, number, facts["name"], population, rows, digest, told))
         np.save(new / "pairs.npy", number_pairs(keys or [np.zeros(0, np.uint64)]))
-        generation = digest.hexdigest()
-        manifest = {"name": name, "split": split, "members": kept}
+        fingerprint = digest.hexdigest()
+        # Metrics and the like are no rows: they make another generation of the same rows.
+        generation = hashlib.sha256(json.dumps([fingerprint, kept]).encode()).hexdigest()
+        sizes = {}
+        for path in sorted(new.iterdir()):
+            sizes[path.name] = path.stat().st_size
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+        manifest = {
+            "name": name, "split": split, "members": kept, "fingerprint": fingerprint,
+            "sizes": sizes,
+        }  # fmt: skip
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        target = folder / generation
+        if target.exists() and not _is_whole(target):  # damaged
+            shutil.rmtree(target, ignore_errors=True)
         try:
-            new.rename(folder / generation)
+            new.rename(target)
         except OSError:
-            if not (folder / generation / "manifest.json").exists():
+            if not _is_whole(target):
                 raise  # else another process has just built the same
         return generation
     finally:
@@ -535,6 +620,8 @@ def _write_task(folder, number: int, name: str, population, rows, digest, told) 
     for row in rows:
         inputs, targets = (row[k].astype("<i4").tobytes() for k in ("inputs", "targets"))
         lengths = (len(row["inputs"]), len(row["targets"]))
+        if not any(lengths):
+            raise ValueError(f"{name}: the row of example {row['example_id']!r} has no tokens.")
         texts = json.dumps([row["example_id"], row["label"], row["inputs_pretokenized"]])
         record = _HEADER.pack(*lengths) + inputs + targets + texts.encode()
         writer.write(record)
@@ -548,14 +635,17 @@ def _write_task(folder, number: int, name: str, population, rows, digest, told) 
             told(done=len(ids), total=population and len(population))
     writer.close()
     everyone = list(dict.fromkeys(ids)) if population is None else population
-    keys = {i: _key(i) for i in everyone}
-    if len(keys) < len(everyone) or len(set(keys.values())) < len(keys):
-        twice = next((i for i in everyone if everyone.count(i) > 1), None)
+    repeated = [i for i, n in collections.Counter(everyone).items() if n > 1]
+    same = collections.Counter(zip(ids, columns["choices"], strict=True))
+    repeated += [i for (i, _), n in same.items() if n > 1]
+    if repeated:
         raise ValueError(
-            f"{name}: two examples have the id {twice!r}; ids must be unique."
-            if twice is not None
-            else f"{name}: two example ids have one hash; rename one dataset's ids."
+            f"{name}: two examples have the id {repeated[0]!r}; ids must be unique, since the rows "
+            "of one id are taken for answers to one input."
         )
+    keys = {i: _key(i) for i in everyone}
+    if len(set(keys.values())) < len(keys):
+        raise ValueError(f"{name}: two example ids have one hash; rename the dataset.")
     arrays = {k: np.array(v, np.int32) for k, v in columns.items()}
     arrays["lengths"] = arrays["lengths"].reshape(-1, 2)
     arrays["keys"] = np.array([keys.get(i) or _key(i) for i in ids], np.uint64)

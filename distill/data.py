@@ -18,7 +18,6 @@ to name an epoch, a shard and a batch, on any number of hosts; each host reads o
 import concurrent.futures
 import copy
 import dataclasses
-import functools
 import math
 import threading
 from collections.abc import Iterator, Mapping
@@ -207,6 +206,7 @@ class TrainBatches:
                 f"An example has {members} sequences, but BATCH_SIZE is {config.batch_size} rows. "
                 f"Set it to {members} or more."
             )
+        self._order: tuple[int, np.ndarray] | None = None
         self._require_multiple(row_multiple)
         self.row_multiple = row_multiple
 
@@ -264,7 +264,7 @@ class TrainBatches:
             return np.ones(len(task), bool)
         size = len(task.population)
         if number is None:
-            number = math.ceil(fraction * size)
+            number = math.ceil(round(fraction * size, 6))  # 0.07 x 100 is a little more than 7
         elif len({t.dataset or t.name for t in self.corpus.tasks}) > 1:
             raise ValueError(
                 f"NUM_TRAIN_EXAMPLES is for one dataset, and {self.corpus.name!r} has several: set "
@@ -281,7 +281,7 @@ class TrainBatches:
         """(pairs, how many to draw per epoch) of each part of the mixture with a rate of its own.
 
         Tasks that share examples are one part. As in SeqIO, a rate is a part's share of what is
-        drawn. An epoch draws as many examples as there are; rates by size draw each one once.
+        drawn. An epoch draws as many examples as there are, so rates by size draw each about once.
         """
         tasks = self.corpus.tasks
         part = np.arange(len(tasks))
@@ -301,16 +301,25 @@ class TrainBatches:
                     f"their examples but have different rates {sorted(rates)}. Give them one rate; "
                     "ALPHA weighs labels against rationales."
                 )
-            groups.append((np.flatnonzero(of_pair == p), rates.pop()))
+            if (rate := rates.pop()) > 0:
+                groups.append((np.flatnonzero(of_pair == p), rate))
+        if not groups:
+            raise ValueError(f"All members of {self.corpus.name!r} have the mixing rate 0.")
         total = sum(rate for _, rate in groups)
         drawn = [max(1, round(self.num_pairs * rate / total)) for _, rate in groups]
         return [(pairs, n) for (pairs, _), n in zip(groups, drawn, strict=True)]
 
     def _epoch_order(self, epoch: int, shuffle: bool) -> np.ndarray:
-        """The pairs of an epoch, in order. A part that is drawn from again and again is drawn from
-        in whole passes, so that its examples are seen equally often."""
+        """The pairs of an epoch, in order; kept, since every shard needs it."""
         if not shuffle:
             return np.arange(self.num_pairs)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._shuffled(epoch)
+        return self._order[1]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """What an epoch draws. A part that is drawn from again and again is drawn from in whole
+        passes, so that its examples are seen equally often."""
         seed, drawn = self.config.seed, []
         for number, (pairs, wanted) in enumerate(self._groups):
             first, size = epoch * wanted, len(pairs)
@@ -395,7 +404,7 @@ class TrainBatches:
         up with the first examples, so that all steps are of one size. Without shuffling every
         example comes exactly once.
         """
-        order = self._order_of(epoch, shuffle)
+        order = self._epoch_order(epoch, shuffle)
         bounds = np.linspace(0, len(order), self.num_shards + 1).astype(int)
         members = self._members(order[bounds[shard] : bounds[shard + 1]], epoch)
         lengths = self._member_lengths(members, self._lengths)
@@ -404,15 +413,15 @@ class TrainBatches:
                 lengths, self._capacity, self.config.pairs_per_step, wrap=shuffle
             )
             needed = max(int(unit.rows.max()) + 1 for unit in units)
-            # Coarse steps, so that epochs of slightly different need share one compiled program.
-            step = -(-max(1, needed // 16) // self.row_multiple) * self.row_multiple
+            # Coarse steps, so that epochs of slightly different need mostly share one program.
+            step = -(-max(2, needed // 16) // self.row_multiple) * self.row_multiple
             rows, per_batch = -(-needed // step) * step, 1
         else:
             rows = self.config.batch_size
-            per_batch = next(k for k in range(1, rows + 1)
-                             if rows % k == 0 and rows // k <= packing.UNIT_ROWS)  # fmt: skip
-            if lengths.shape[1] > rows // per_batch:
-                per_batch = 1
+            # In units of 64 to 128 rows where the batch divides into such, else as a whole.
+            sizes = range(2, rows // (packing.UNIT_ROWS // 2) + 1)
+            fits = (k for k in sizes if rows % k == 0 and rows // k <= packing.UNIT_ROWS)
+            per_batch = 1 if rows <= packing.UNIT_ROWS else next(fits, 1)
             units = packing.fill_rows(
                 lengths, self._capacity, rows // per_batch, wrap=shuffle, multiple=per_batch
             )
@@ -434,10 +443,6 @@ class TrainBatches:
             tokens=np.bincount(row // rows, tokens, minlength=batches).astype(np.int64),
             rows=rows,
         )
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - one object a run; consecutive epochs only
-    def _order_of(self, epoch: int, shuffle: bool) -> np.ndarray:
-        return self._epoch_order(epoch, shuffle)
 
     def waste(self, plan: Plan, flops: packing.Flops) -> packing.Waste:
         """What the batches of a plan waste on a model."""
@@ -517,7 +522,7 @@ class TrainBatches:
             # Shifted right within the sequence; the start token is the padding id 0.
             shifted = np.r_[0, tokens[:-1]]
             shifted[start] = 0
-            groups, weights = self._column("loss_groups", sequences), None
+            groups = self._column("loss_groups", sequences)
             arrays["decoder_input_tokens"] = spread(shifted)
             arrays["decoder_target_tokens"] = spread(tokens)
             arrays["decoder_loss_weights"] = spread(1)
@@ -564,6 +569,9 @@ class _Stream:
     ):
         self._batches, self._start, self._shuffle = batches, start, shuffle
         self._epochs, self._index, self._count = epochs, process_index, process_count
+        if start.shard >= batches.num_shards:  # of other data, which had more of them
+            self._start = start = Position(start.epoch + 1)
+        self._last_epoch = None if epochs is None else start.epoch + epochs - 1
         # The number of the first batch of each shard that is known so far, counted from `start`.
         self._shards = [(-start.batch, start.epoch, start.shard)]
         self._plans: dict[tuple[int, int], concurrent.futures.Future] = {}
@@ -592,11 +600,15 @@ class _Stream:
 
     def _plan(self, epoch: int, shard: int) -> Plan:
         """The plan of a shard; the one after it is begun in the background."""
-        for key in ((epoch, shard), self._after(epoch, shard)):
+        wanted = [(epoch, shard)]
+        following = self._after(epoch, shard)
+        if self._last_epoch is None or following[0] <= self._last_epoch:
+            wanted.append(following)
+        for key in wanted:
             if key not in self._plans:
                 self._plans[key] = self._planner.submit(self._batches.plan, *key, self._shuffle)
-        while len(self._plans) > 3:
-            del self._plans[next(iter(self._plans))]
+        for key in [k for k in self._plans if k not in wanted][:-1]:  # one before is kept
+            del self._plans[key]
         return self._plans[epoch, shard].result()
 
     def __getitem__(self, i: int) -> Batch:
@@ -606,7 +618,8 @@ class _Stream:
                 plan = self._plan(epoch, shard)
                 if i - first < len(plan):
                     break
-                self._shards.append((first + len(plan), *self._after(epoch, shard)))
+                # max: a batch that the shard does not have, of data that has changed.
+                self._shards.append((max(0, first + len(plan)), *self._after(epoch, shard)))
         batch = i - first
         if plan.rows % self._count:
             raise ValueError(f"{plan.rows} rows do not divide by {self._count} processes.")

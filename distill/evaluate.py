@@ -193,10 +193,10 @@ class EvaluateConfig:
       data_dir: None = $DISTILL_DATA_DIR, else the run's.
       vocabulary: None = the one that the checkpoint was trained with.
       parsing: see `cache.RowsConfig`; so are the following. It matters to tasks that show the
-        student a rationale. None = the run's.
-      rationale_store: the same.
+        student a rationale. None = the run's, where the mixture is the run's.
+      rationale_store: the same; '' = none.
       max_bad_rows: None = none.
-      allow_missing: datasets of the mixture that may be absent; empty = those of the run.
+      allow_missing: datasets of the mixture that may be absent. None as for parsing.
       cache_dir: where tokenised rows are kept.
     """
 
@@ -213,7 +213,7 @@ class EvaluateConfig:
     parsing: str | None = None
     rationale_store: str | None = None
     max_bad_rows: int | None = None
-    allow_missing: Sequence[str] = ()
+    allow_missing: Sequence[str] | None = None
     cache_dir: str | None = None
 
     def __post_init__(self):
@@ -304,15 +304,23 @@ def abstract_params(net: t5.T5, mesh) -> Any:
 
 def _corpus(config: EvaluateConfig, metadata: dict):
     """The rows to score a checkpoint on, in the student's own vocabulary."""
+    mixture = config.mixture_or_task_name or metadata["mixture"]
+
+    def run_if_unset(field: str):
+        """A setting of the rows: the run's, if its own mixture is evaluated."""
+        value = getattr(config, field)
+        same = mixture == metadata["mixture"]
+        return metadata.get(field) if value is None and same else value
+
     rows = cache.RowsConfig(
-        mixture_or_task_name=config.mixture_or_task_name or metadata["mixture"],
+        mixture_or_task_name=mixture,
         mixture_or_task_module=config.mixture_or_task_module or metadata["module"],
         data_dir=config.data_dir or os.environ.get("DISTILL_DATA_DIR") or metadata["data_dir"],
         vocabulary=config.vocabulary or metadata["vocabulary"],
-        parsing=config.parsing or metadata["parsing"],
-        rationale_store=config.rationale_store or metadata["rationale_store"],
+        parsing=run_if_unset("parsing"),
+        rationale_store=run_if_unset("rationale_store"),
         max_bad_rows=config.max_bad_rows,
-        allow_missing=config.allow_missing or metadata["allow_missing"],
+        allow_missing=run_if_unset("allow_missing") or (),
         cache_dir=config.cache_dir,
     )
     vocabulary = vocabulary_lib.load(rows.vocabulary)

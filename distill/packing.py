@@ -39,14 +39,16 @@ def best_fit(lengths: np.ndarray, capacity: np.ndarray, rows: int) -> np.ndarray
       did not fit, and for members that are not there.
     """
     lanes, pairs, members, _ = lengths.shape
-    lengths = np.ascontiguousarray(lengths.transpose(1, 2, 3, 0), np.int32)[..., None]
-    capacity = np.broadcast_to(np.asarray(capacity, np.int32), (lanes, 2))
+    largest = 2 * int(np.prod(np.max(np.atleast_2d(capacity), axis=0)))  # score of an empty row
+    dtype = np.int32 if largest < np.iinfo(np.int32).max else np.int64
+    lengths = np.ascontiguousarray(lengths.transpose(1, 2, 3, 0), dtype)[..., None]
+    capacity = np.broadcast_to(np.asarray(capacity, dtype), (lanes, 2))
     there = lengths.any(axis=2)[..., 0]
     free = np.repeat(capacity.T[:, :, None], rows, axis=2)  # [2, lanes, rows]
     # The score of a row: its free room in fractions of the capacity, times both capacities.
     factor = capacity[:, ::-1].T.copy()  # [2, lanes]
     score = free[0] * factor[0, :, None] + free[1] * factor[1, :, None]
-    worst = np.int32(np.iinfo(np.int32).max)
+    worst = np.iinfo(dtype).max
     placed = np.full((lanes, pairs, members), -1, np.int32)
     lane = np.arange(lanes)
     for p in range(pairs):
@@ -98,7 +100,7 @@ def fill_rows(
       capacity: int [2].
       rows: rows of a unit.
       wrap: fill up the last unit with the first pairs, again and again.
-      multiple: the number of units is a multiple of this.
+      multiple: with `wrap`, the number of units is a multiple of this.
 
     Returns:
       The units; every pair is in exactly one, but for those that `wrap` repeats.
@@ -125,7 +127,7 @@ def fill_rows(
                 parts[k] = np.concatenate([candidates[k, ~fitted[k]], part[most:]])
         remaining = np.concatenate(parts + rest)
     everything = np.arange(len(lengths))
-    while len(remaining) or len(units) % multiple:
+    while len(remaining) or (wrap and len(units) % multiple):
         candidates = remaining[:most]
         if wrap and len(candidates) < most:
             again = np.resize(everything, most - len(candidates))
@@ -133,7 +135,8 @@ def fill_rows(
         placed = best_fit(lengths[candidates][None], capacity, rows)[0]
         fitted = (placed >= 0).any(axis=1)
         if not fitted.any():
-            raise ValueError(f"A pair does not fit {rows} rows of {tuple(capacity)} tokens.")
+            room = " + ".join(map(str, capacity.tolist()))
+            raise ValueError(f"A pair does not fit {rows} rows of {room} tokens.")
         units.append(Unit(candidates[fitted], placed[fitted]))
         waiting = candidates[: len(remaining)][~fitted[: len(remaining)]]
         remaining = np.concatenate([waiting, remaining[most:]])

@@ -243,7 +243,11 @@ def register(
                     _dataset_fn(task_name, dataset.configured, stream, teacher=bool(labeler)),
                     splits=source.splits,
                 ),
-                preprocessors=[tokenize, seqio.preprocessors.append_eos_after_trim],
+                preprocessors=[
+                    tokenize,
+                    seqio.CacheDatasetPlaceholder(),
+                    seqio.preprocessors.append_eos_after_trim,
+                ],
                 postprocess_fn=functools.partial(postprocess, form=stream.answer_form),
                 metric_fns=[] if stream.explains else list(metric_fns),
                 output_features=features,
@@ -643,15 +647,14 @@ def _absent(
     return tuple(absent)
 
 
-def tokenized_rows(
-    task_name: str, split: str, use_cached: bool = False
-) -> Iterator[dict[str, Any]]:
+def tokenized_rows(task_name: str, split: str) -> Iterator[dict[str, Any]]:
     """Yields the examples of a task through SeqIO, in order and not truncated.
+
+    What `seqio_cache_tasks` wrote is read where it is found (--seqio_additional_cache_dirs).
 
     Args:
       task_name: a task, not a mixture.
       split: "train", "validation" or "test".
-      use_cached: demand what `seqio_cache_tasks` wrote; where it is found it is read anyway.
 
     Yields:
       `inputs`, `targets` (int32 [length]), `inputs_pretokenized`, `targets_pretokenized`,
@@ -668,13 +671,12 @@ def tokenized_rows(
         raise ValueError(f"{task_name!r} is a mixture; ask for one of its tasks: {members}")
     if split not in provider.splits:
         raise ValueError(f"{task_name} has no split {split!r}; it has {', '.join(provider.splits)}")
-    use_cached = use_cached or (provider.supports_caching and provider.cache_dir is not None)
     dataset = provider.get_dataset(
         sequence_length=None,
         split=split,
         shuffle=False,
         num_epochs=1,
-        use_cached=use_cached,
+        use_cached=provider.supports_caching and provider.cache_dir is not None,
         try_in_mem_cache=False,
     )
     for i, example in enumerate(_numpy_rows(dataset)):

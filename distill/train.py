@@ -481,7 +481,9 @@ def _held_out(
     for task in corpus.tasks:
         for name in task.metrics:
             evaluate.metric_function(name)  # one that cannot be imported is an error now
-    everything = dataclasses.replace(config, num_train_examples=None, train_fraction=None)
+    everything = dataclasses.replace(
+        config, num_train_examples=None, train_fraction=None, loader_processes=0
+    )
     return _HeldOut(corpus, data_lib.TrainBatches(corpus, everything, flops, shards))
 
 

@@ -66,6 +66,14 @@ def test_a_fresh_cache_needs_no_tensorflow_and_a_stale_one_is_rebuilt(tmp_path):
     # A comment in the task module: read again, the same rows.
     (tmp_path / "toy_tasks.py").write_text(TOY_TASKS + "\n# a comment\n")
     assert probe(tmp_path) == cold
+    # So is what the module imports.
+    (tmp_path / "toy_helper.py").write_text("SUFFIX = '1'\n")
+    imports = "from toy_helper import SUFFIX\n" + TOY_TASKS.replace("line.upper()", "line + SUFFIX")
+    (tmp_path / "toy_tasks.py").write_text(imports)
+    helped = probe(tmp_path)
+    (tmp_path / "toy_helper.py").write_text("SUFFIX = '2'\n")
+    assert len({cold["fingerprint"], helped["fingerprint"], probe(tmp_path)["fingerprint"]}) == 3
+    (tmp_path / "toy_tasks.py").write_text(TOY_TASKS)
     # Other rows: read again, another fingerprint.
     rows.write_text("abc\ndef\nghi\n")
     changed = probe(tmp_path)
@@ -146,6 +154,65 @@ def test_two_examples_with_one_id_are_refused(tmp_path):
     assert not list((tmp_path / "a").iterdir())  # nothing half-built stays
 
 
+def test_a_row_without_tokens_is_refused(tmp_path):
+    rows = rows_of(3)
+    rows[1]["inputs"] = rows[1]["targets"] = np.zeros(0, np.int32)
+    with pytest.raises(ValueError, match="example 'toy/1' has no tokens"):
+        write(tmp_path / "a", rows)
+
+
+def test_rows_of_one_id_need_a_choice_each(tmp_path):
+    rows = rows_of(3)
+    rows[1]["example_id"] = "toy/0"
+    with pytest.raises(ValueError, match="two examples have the id 'toy/0'"):
+        write(tmp_path / "a", rows)
+    rows[1]["choice"] = 1
+    assert len(write(tmp_path / "a", rows).tasks[0]) == 3
+
+
+def test_a_damaged_generation_is_replaced(tmp_path):
+    corpus = write(tmp_path / "a", rows_of(500))
+    record = corpus.folder / "0.array_record"
+    record.write_bytes(record.read_bytes()[:100])
+    assert not cache._is_whole(corpus.folder)
+    again = write(tmp_path / "a", rows_of(500))
+    assert again.folder == corpus.folder and cache._is_whole(again.folder)
+    assert again.tasks[0].read([499])[0].example_id == "toy/499"
+
+
+def test_a_metric_is_another_generation_of_the_same_rows(tmp_path):
+    first = write(tmp_path / "a", rows_of(5))
+    other = write(tmp_path / "a", rows_of(5), facts=FACTS | {"metrics": ["m.g"]})
+    assert other.fingerprint == first.fingerprint and other.folder != first.folder
+    assert other.tasks[0].metrics == ("m.g",)
+
+
+def test_a_displaced_generation_is_kept_for_its_readers(tmp_path):
+    reading = write(tmp_path / "a", rows_of(500))
+    (tmp_path / "a" / "index.json").write_text(json.dumps({"generation": reading.folder.name}))
+    old = time.time() - 2 * cache.GRACE
+    os.utime(reading.folder, (old, old))  # built long ago, and current until now
+    new = write(tmp_path / "a", rows_of(3))
+    cache._replace_index(tmp_path / "a", {"generation": new.folder.name})
+    assert reading.tasks[0].read([7])[0].example_id == "toy/7"
+    os.utime(reading.folder, (old, old))  # displaced long ago
+    cache._replace_index(tmp_path / "a", {"generation": new.folder.name})
+    assert not reading.folder.exists() and new.folder.exists()
+
+
+def test_cache_dir_must_be_local():
+    with pytest.raises(ValueError, match="CACHE_DIR=gs://b/c must be a local folder"):
+        cache.RowsConfig("toy_label", cache_dir="gs://b/c")
+
+
+@pytest.mark.parametrize(
+    "setting", [dict(parsing="Repaired"), dict(max_bad_rows=2.7), dict(teacher_filter="x")]
+)
+def test_bad_settings_are_refused_at_once(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting)).upper()} must be"):
+        cache.RowsConfig("toy_label", **setting)
+
+
 def start_probe(folder):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
     return subprocess.Popen(
@@ -207,3 +274,36 @@ def test_settings_have_caches_of_their_own(monkeypatch):
     from_environment = cache.RowsConfig("toy_label", cache_dir="/c", data_dir="/d")
     assert from_environment.parsing == "repaired"
     assert cache.RowsConfig("x", allow_missing="esnli, gsm8k").allow_missing == ("esnli", "gsm8k")
+
+
+SOURCES = """
+import json, sys
+from distill import cache
+config = cache.RowsConfig("cqa_step_by_step", data_dir=sys.argv[1], cache_dir=sys.argv[2])
+built = cache.prepare(config, ["test"])
+print(json.dumps([built, [len(t) for t in cache.load(config, "test").tasks]]))
+"""
+
+
+def test_a_file_that_appears_later_makes_the_cache_stale(tmp_path):
+    folder = tmp_path / "data" / "cqa"
+    folder.mkdir(parents=True)
+    row = {"question": "q", "choices": list("abcde"), "answer": "a"}
+    (folder / "cqa_test.json").write_text(json.dumps(row) + "\n")
+
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", SOURCES, str(tmp_path / "data"), str(tmp_path / "cache")],
+            capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert run() == [["test"], [0, 1]]
+    assert run() == [[], [0, 1]]
+    (folder / "llm").mkdir()
+    (folder / "llm" / "test_CoT_0.json").write_text('["Why. So the answer is (a) a."]')
+    assert run() == [["test"], [1, 1]]
+    (tmp_path / "data" / "another_dataset").mkdir()  # is no concern of this one
+    assert run() == [[], [1, 1]]

@@ -268,6 +268,26 @@ def test_resuming_anywhere_on_any_number_of_hosts_gives_the_same_stream(
             assert {share.next for share in shares} == {position}
 
 
+@pytest.mark.parametrize("batch_size", [130, 256, 512, 131])
+def test_large_batches_of_few_examples(corpus_of, batch_size):
+    """More rows than one packing unit has, and not enough examples to fill them."""
+    corpus = corpus_of(random_pairs(30))
+    batches = data.TrainBatches(corpus, rows_config(batch_size))
+    held_out = list(batches.iterate(data.Position(), shuffle=False, epochs=1))
+    once = [i for batch in held_out for i in ids(batches, batch)]
+    assert sorted(once) == sorted([f"toy/{i}" for i in range(30)] * 2)
+    batch = next(batches.iterate(data.Position()))
+    assert batch.arrays["encoder_input_tokens"].shape[0] == batch_size
+    assert set(ids(batches, batch)) == {f"toy/{i}" for i in range(30)}
+
+
+def test_a_position_beyond_the_data_goes_on_with_the_next_epoch(corpus_of):
+    """Data that has shrunk (allow_changed_data)."""
+    batches = data.TrainBatches(corpus_of(random_pairs(20)), pairs_config(5))
+    assert next(batches.iterate(data.Position(2, 3, shard=7))).next == data.Position(3, 1)
+    assert next(batches.iterate(data.Position(2, 99))).next == data.Position(3, 1)
+
+
 def test_an_epoch_of_several_shards_has_every_example(corpus_of, monkeypatch):
     monkeypatch.setattr(data, "SHARD_PAIRS", 16)
     batches = data.TrainBatches(corpus_of(random_pairs(50)), rows_config(4))
@@ -361,6 +381,12 @@ def test_rates_are_shares_and_a_repeated_part_is_seen_evenly(corpus_of, tmp_path
         return seen
 
     assert set(counts(3.0, 4).values()) == {4}
+    with pytest.raises(ValueError, match="mixing rate 0"):
+        data.TrainBatches(corpus_of(small, rate=0.0), pairs_config(5))
+    only_small = joined([corpus_of(large, "large", rate=0.0), corpus_of(small, "small")], tmp_path)
+    batches = data.TrainBatches(only_small, pairs_config(5))
+    drawn = set(batches.example_ids(batches.plan(0).sequences))
+    assert drawn == {f"small/{i}" for i in range(10)}
     # 20 of each an epoch: in three epochs two passes of the large part, six of the small one; two
     # sequences an example.
     equal = counts(1.0, 3)
@@ -400,6 +426,7 @@ def test_fractions_are_nested_and_the_same_for_every_method(corpus_of):
         assert chosen(rationales, train_fraction=fraction) == kept & has_one
         assert chosen(labels, num_train_examples=len(kept)) == kept
         last = kept
+    assert len(chosen(labels, train_fraction=0.07)) == 14  # 0.07 x 200 is 14.000000000000002
     assert chosen(labels, train_fraction=0.5, seed=1) != chosen(labels, train_fraction=0.5)
     with pytest.raises(ValueError, match="TRAIN_FRACTION must be in"):
         pairs_config(5, train_fraction=1.5)

@@ -886,3 +886,43 @@ def test_train_vocabulary_script(data, tmp_path):
     assert f"{vocab.size} pieces" in done.stdout and f"--gin.VOCABULARY={output}" in done.stdout
     assert vocab.decode(vocab.encode("predict: in3")) == "predict: in3"
     assert [p.name for p in output.parent.iterdir()] == ["spiece.model"]
+
+
+def test_seqio_offline_caches_are_read(toy, tmp_path, monkeypatch):
+    """What seqio_cache_tasks writes (it needs Apache Beam, so the files are written here)."""
+    offline = tmp_path / "offline" / "toy_predict"
+    offline.mkdir(parents=True)
+    example = next(rows for rows in task.tokenized_rows("toy_predict", "train"))
+    strings = dict(inputs_pretokenized="from the cache", targets_pretokenized="t", label="g",
+                   example_id="toy/train/0")  # fmt: skip
+    numbers = dict(inputs=example["inputs"][:3], targets=example["targets"][:-1], loss_group=[0],
+                   choice=[0], loss_weight=[1000])  # fmt: skip
+    features = {k: tf.train.Feature(bytes_list=tf.train.BytesList(value=[v.encode()]))
+                for k, v in strings.items()}  # fmt: skip
+    features |= {k: tf.train.Feature(int64_list=tf.train.Int64List(value=v))
+                 for k, v in numbers.items()}  # fmt: skip
+    record = tf.train.Example(features=tf.train.Features(feature=features))
+    with tf.io.TFRecordWriter(str(offline / "train.tfrecord-00000-of-00001")) as writer:
+        writer.write(record.SerializeToString())
+    shapes = {k: {"shape": [], "dtype": "string"} for k in strings}
+    shapes |= {k: {"shape": [None] if k in ("inputs", "targets") else [], "dtype": "int32"}
+               for k in numbers}  # fmt: skip
+    info = {"num_shards": 1, "features": shapes, "seqio_version": "1.0.0"}
+    (offline / "info.train.json").write_text(json.dumps(info))
+    (offline / "stats.train.json").write_text(json.dumps({"examples": 1}))
+    (offline / "COMPLETED").write_text("")
+
+    (tmp_path / "nothing_to_register.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = list(seqio.utils.get_global_cache_dirs())
+    monkeypatch.setenv("DISTILL_SEQIO_CACHE_DIRS", str(offline.parent))
+    try:
+        task.import_module("nothing_to_register")
+        (row,) = rows_of("toy_predict", "train")
+    finally:
+        seqio.set_global_cache_dirs(before)
+    assert row["inputs_pretokenized"] == "from the cache"
+    # EOS is put behind what was cached.
+    assert row["inputs"].tolist() == [*example["inputs"][:3], 1]
+    assert row["targets"].tolist() == example["targets"].tolist()
+    assert len(rows_of("toy_explain", "train")) > 1  # not cached there: preprocessed

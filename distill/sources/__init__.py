@@ -19,7 +19,7 @@ What a run may choose about all sources is bound once for the process (`bind`), 
 rows, so that making one needs no data. Nothing here imports TensorFlow.
 """
 
-from distill.sources.binding import Settings, already_bound, bind, reset, settings
+from distill.sources.binding import Settings, already_bound, bind, checked, reset, settings
 from distill.sources.composed import OR, FirstOf, Remembered, WithPool
 from distill.sources.configuring import Configured, configured, repair_gains
 from distill.sources.declared import Field, JsonLines, Tfds
@@ -74,6 +74,7 @@ __all__ = [
     "WithRationales",
     "already_bound",
     "bind",
+    "checked",
     "configured",
     "filter_rows",
     "first_misaligned",

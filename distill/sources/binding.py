@@ -55,12 +55,7 @@ def bind(**values: Any) -> None:
     for field, value in values.items():
         if value is None:
             continue
-        if field in CHOICES and value not in CHOICES[field]:
-            raise ValueError(
-                f"{field.upper()} must be one of {', '.join(CHOICES[field])}, not {value!r}"
-            )
-        if field == "max_bad_rows":
-            value = _whole_number(field, value)
+        value = checked(field, value)
         old = getattr(_bound, field)
         if old is not None and str(old).rstrip("/") != str(value).rstrip("/"):
             raise ValueError(already_bound(field, old, value))
@@ -93,7 +88,18 @@ def settings() -> Settings:
     return dataclasses.replace(_bound, **unset)
 
 
-def _whole_number(field: str, value: Any) -> int:
+def checked(field: str, value: Any) -> Any:
+    """Returns the value of a setting; of max_bad_rows, as an int.
+
+    Raises:
+      ValueError: it is not allowed.
+    """
+    if field in CHOICES and value not in CHOICES[field]:
+        raise ValueError(
+            f"{field.upper()} must be one of {', '.join(CHOICES[field])}, not {value!r}"
+        )
+    if field != "max_bad_rows":
+        return value
     if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
         raise ValueError(f"{field.upper()} must be a whole number, 0 or more, not {value!r}")
     return int(value)
