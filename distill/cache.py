@@ -33,6 +33,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -93,8 +94,8 @@ class RowsConfig:
                 value = os.environ.get(f"DISTILL_{field.upper()}") or last
             object.__setattr__(self, field, value)
 
-        for field in ("data_dir", "parsing", "teacher_filter", "rationale_store", "max_bad_rows"):
-            default(field)
+        for field in dataclasses.fields(sources.Settings):
+            default(field.name)
         default("vocabulary", vocabulary_lib.BYTES)
         default("cache_dir", "~/.cache/distill-step-by-step")
         for field in ("parsing", "teacher_filter", "max_bad_rows"):
@@ -109,6 +110,10 @@ class RowsConfig:
         if isinstance(names, str):  # --gin.ALLOW_MISSING=esnli,gsm8k
             names = [name.strip() for name in names.split(",") if name.strip()]
         object.__setattr__(self, "allow_missing", tuple(names or ()))
+
+    def source_settings(self) -> dict[str, Any]:
+        """The fields of `sources.Settings`, for `task.bind`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(sources.Settings)}
 
     def rows(self) -> "RowsConfig":
         """The fields of this class alone, where a subclass has more."""
@@ -476,14 +481,7 @@ def _build(folder: pathlib.Path, config: RowsConfig, split: str) -> None:
     """Tokenises a split through SeqIO. That a mixture has no such split is cached too."""
     from distill import task  # imports SeqIO and TensorFlow
 
-    task.bind(
-        vocabulary=config.vocabulary,
-        data_dir=config.data_dir,
-        parsing=config.parsing,
-        teacher_filter=config.teacher_filter,
-        rationale_store=config.rationale_store,
-        max_bad_rows=config.max_bad_rows,
-    )
+    task.bind(vocabulary=config.vocabulary, **config.source_settings())
     task.import_module(config.mixture_or_task_module)
     info = task.describe(
         config.mixture_or_task_name, allow_missing=config.allow_missing, split=split

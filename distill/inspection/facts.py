@@ -492,14 +492,7 @@ def teacher_reports(config: cache.RowsConfig, split: str) -> tuple[TeacherReport
     with _quiet():
         from distill import task
 
-    task.bind(
-        vocabulary=config.vocabulary,
-        data_dir=config.data_dir,
-        parsing=config.parsing,
-        teacher_filter=config.teacher_filter,
-        rationale_store=config.rationale_store,
-        max_bad_rows=config.max_bad_rows,
-    )
+    task.bind(vocabulary=config.vocabulary, **config.source_settings())
     with _quiet():
         task.import_module(config.mixture_or_task_module)
     info = task.describe(
