@@ -313,9 +313,10 @@ class TrainBatches:
         """The pairs of an epoch, in order; kept, since every shard needs it."""
         if not shuffle:
             return np.arange(self.num_pairs)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._shuffled(epoch)
-        return self._order[1]
+        kept = self._order
+        if kept is None or kept[0] != epoch:
+            kept = self._order = epoch, self._shuffled(epoch)
+        return kept[1]
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """What an epoch draws. A part that is drawn from again and again is drawn from in whole
