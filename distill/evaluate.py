@@ -9,7 +9,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,6 +117,7 @@ def score_tasks(
     *,
     num_examples: int | None = None,
     batch_size: int = 64,
+    row_lengths: Mapping[str, int] = data.MAX_LENGTHS,
 ) -> list[Score]:
     """Scores each task of the corpus that has metrics (an `explain` task has none).
 
@@ -128,18 +129,20 @@ def score_tasks(
       mesh: from `partitioning.make_mesh`.
       num_examples: only the first so many of each task.
       batch_size: see `predict`.
+      row_lengths: tokens of inputs and targets that the student was trained on; longer inputs are
+        cut, but never below the published limits.
     """
+    limit = {name: max(n, row_lengths[name]) for name, n in data.MAX_LENGTHS.items()}
     scores = []
     for task in corpus.tasks:
         n = min(len(task), num_examples or len(task))
         if not task.metrics or not n:
             continue
         records = task.read(range(n))
-        limit = data.MAX_LENGTHS["inputs"]
-        inputs = [data.truncate(record.inputs, limit) for record in records]
+        inputs = [data.truncate(record.inputs, limit["inputs"]) for record in records]
         longest = -(-int(task.lengths[:, 1].max()) // 16) * 16
         if task.answer_form != "label":
-            longest = data.MAX_LENGTHS["targets"]
+            longest = limit["targets"]
         generated = predict(
             params, net, inputs, vocabulary, mesh, batch_size=batch_size,
             max_length=max(MIN_DECODE_LENGTH, longest),
@@ -266,6 +269,7 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
         scores = score_tasks(
             params, net, corpus, vocabulary, mesh,
             num_examples=config.num_examples, batch_size=config.batch_size,
+            row_lengths=metadata["data"]["lengths"],
         )  # fmt: skip
         if not scores:
             raise ValueError(f"No task of {corpus.name!r} has a metric, so there is no accuracy.")

@@ -321,7 +321,7 @@ def train(
     dropout_rng = jax.device_put(jax.random.key(config.random_seed), replicated)
     examine = functools.partial(
         _evaluate, config=config, net=net, objective=objective, eval_fn=eval_fn,
-        vocabulary=vocabulary, mesh=devices,
+        vocabulary=vocabulary, mesh=devices, row_lengths=batches.capacity,
     )  # fmt: skip
 
     is_writer = jax.process_index() == 0
@@ -739,7 +739,7 @@ def _show(bar: tqdm, step: int, last_step: int, report: dict[str, float]) -> Non
 
 def _evaluate(
     held_out: _HeldOut, params, step: int, progress: _Progress, writer: MetricWriter, bar: tqdm,
-    *, config: TrainConfig, net: t5.T5, objective, eval_fn, vocabulary, mesh,
+    *, config: TrainConfig, net: t5.T5, objective, eval_fn, vocabulary, mesh, row_lengths,
 ) -> list[evaluate.Score]:  # fmt: skip
     """Loss under teacher forcing, and greedy accuracy, on a split; both written and shown."""
     corpus, total = held_out.corpus, None
@@ -754,7 +754,13 @@ def _evaluate(
     scalars = {name: float(value) for name, value in summary.items()}
     writer.write(f"training_eval/{corpus.name}/{corpus.split}", step, scalars)
     scores = evaluate.score_tasks(
-        params, net, corpus, vocabulary, mesh, num_examples=config.evaluator_num_examples
+        params,
+        net,
+        corpus,
+        vocabulary,
+        mesh,
+        num_examples=config.evaluator_num_examples,
+        row_lengths=row_lengths,
     )
     for score in scores:
         seen = {"tokens": progress.tokens, "examples": progress.examples}

@@ -230,3 +230,27 @@ def test_evaluation_scores_the_answer_in_the_text(monkeypatch, tmp_path, form, a
     assert [p["prediction"] for p in score.predictions] == (
         generated if form == "label" else ["yes", ""]
     )
+
+
+@pytest.mark.parametrize("trained, kept", [(64, 1024), (1500, 1500)])
+def test_inputs_are_cut_where_the_student_was_trained(monkeypatch, tmp_path, trained, kept):
+    facts = dict(name="toy", rate=1.0, metrics=["distill.metrics.label_accuracy"], dataset="toy",
+                 answer_form="label")  # fmt: skip
+    row = {
+        "inputs": np.append(np.full(1999, 5), 1), "targets": np.array([6, 1]),
+        "inputs_pretokenized": "x", "example_id": "toy/0", "label": "yes", "loss_group": 0,
+        "choice": 0, "loss_weight": 1000,
+    }  # fmt: skip
+    generation = cache.write_generation(tmp_path, "toy", "test", [(facts, None, [row])])
+    seen = []
+
+    def predict(params, net, inputs, *args, **kwargs):
+        seen.extend(inputs)
+        return ["yes"]
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    evaluate.score_tasks(
+        None, None, cache.open_generation(tmp_path / generation), None, None,
+        row_lengths={"inputs": trained, "targets": 32},
+    )  # fmt: skip
+    assert len(seen[0]) == kept and seen[0][-1] == 1
