@@ -23,7 +23,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
 
 
+# Files are dealt to the workers in this order; a long one at the end would leave a worker idle.
+LONG = ("test_train.py", "test_objectives.py", "test_task.py", "test_cache.py", "test_report.py")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if config.getoption("--slow") or "slow" in (config.getoption("-m") or ""):
         return
     kept = [item for item in items if "slow" not in item.keywords]

@@ -53,31 +53,29 @@ def probe(folder, split="train"):
 
 
 def test_a_fresh_cache_needs_no_tensorflow_and_a_stale_one_is_rebuilt(tmp_path):
-    (tmp_path / "toy_tasks.py").write_text(TOY_TASKS)
+    module = "from toy_helper import SUFFIX\n" + TOY_TASKS.replace("line.upper()", "line + SUFFIX")
+    (tmp_path / "toy_tasks.py").write_text(module)
+    (tmp_path / "toy_helper.py").write_text("SUFFIX = '1'\n")
     (tmp_path / "data").mkdir()
     rows = tmp_path / "data" / "train.txt"
     rows.write_text("abc\ndef\n")
     cold = probe(tmp_path)
     assert cold["rows"] == [2, 2] and cold["label"] == "cba"
     assert not cold["tensorflow"]  # tokenising has a process of its own
-    built = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("index.json")}
-    assert probe(tmp_path) == cold
-    assert built == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("index.json")}
+    (index,) = (tmp_path / "cache").rglob("index.json")
+    built = index.stat().st_mtime_ns
+    assert probe(tmp_path) == cold and index.stat().st_mtime_ns == built
     # A comment in the task module: read again, the same rows.
-    (tmp_path / "toy_tasks.py").write_text(TOY_TASKS + "\n# a comment\n")
-    assert probe(tmp_path) == cold
-    # So is what the module imports.
-    (tmp_path / "toy_helper.py").write_text("SUFFIX = '1'\n")
-    imports = "from toy_helper import SUFFIX\n" + TOY_TASKS.replace("line.upper()", "line + SUFFIX")
-    (tmp_path / "toy_tasks.py").write_text(imports)
-    helped = probe(tmp_path)
+    (tmp_path / "toy_tasks.py").write_text(module + "\n# a comment\n")
+    assert probe(tmp_path) == cold and index.stat().st_mtime_ns > built
+    # What the module imports decides the rows too.
     (tmp_path / "toy_helper.py").write_text("SUFFIX = '2'\n")
-    assert len({cold["fingerprint"], helped["fingerprint"], probe(tmp_path)["fingerprint"]}) == 3
-    (tmp_path / "toy_tasks.py").write_text(TOY_TASKS)
+    helped = probe(tmp_path)
+    assert helped["rows"] == [2, 2] and helped["fingerprint"] != cold["fingerprint"]
     # Other rows: read again, another fingerprint.
     rows.write_text("abc\ndef\nghi\n")
     changed = probe(tmp_path)
-    assert changed["rows"] == [3, 3] and changed["fingerprint"] != cold["fingerprint"]
+    assert changed["rows"] == [3, 3] and changed["fingerprint"] != helped["fingerprint"]
     assert "no split 'test'" in probe(tmp_path, "test")
     rows.unlink()
     assert "train.txt" in probe(tmp_path)
