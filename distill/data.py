@@ -55,7 +55,7 @@ class DataConfig(cache.RowsConfig):
       num_train_examples: the same as a number.
       seed: of the order of the examples.
       loader_processes: processes that assemble batches; 0 = threads of this one, which is enough
-        for about 500 thousand tokens a second.
+        for one or two million tokens a second (docs/performance.md).
     """
 
     feature_lengths: Mapping[str, int] | None = None
