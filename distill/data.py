@@ -413,10 +413,7 @@ class TrainBatches:
             units = packing.fill_pairs(
                 lengths, self._capacity, self.config.pairs_per_step, wrap=shuffle
             )
-            needed = max(int(unit.rows.max()) + 1 for unit in units)
-            # Coarse steps, so that epochs of slightly different need mostly share one program.
-            step = -(-max(2, needed // 16) // self.row_multiple) * self.row_multiple
-            rows, per_batch = -(-needed // step) * step, 1
+            rows, per_batch = packing.rows_for(units, self.row_multiple), 1
         else:
             rows = self.config.batch_size
             # In units of 64 to 128 rows where the batch divides into such, else as a whole.

@@ -261,7 +261,8 @@ class Waste:
         """Of sequences [n, 2] that were computed in so many rows of `capacity`."""
         real = lengths.sum(axis=0) / (rows * np.asarray(capacity, np.float64))
         needed = flops.row(lengths[:, 0], lengths[:, 1]).sum()
-        return cls(1 - real[0], 1 - real[1], rows * float(flops.row(*capacity)) / needed)
+        computed = rows * float(flops.row(*capacity))
+        return cls(float(1 - real[0]), float(1 - real[1]), computed / float(needed))
 
 
 # --- Row lengths from the data --------------------------------------------------------------------
@@ -349,16 +350,25 @@ def _waste_of_rows(lengths, candidates, flops: Flops, rows: int) -> list[Waste]:
 
 
 def _waste_of_pairs(lengths, candidates, flops: Flops, pairs: int) -> list[Waste]:
-    """Packs the first four batches with each candidate; all have the rows of the longest."""
-    sample = lengths[: 4 * pairs]
+    """Packs batches of the sample with each candidate; all have the rows of the fullest."""
     wastes = []
     for capacity in candidates:
-        units = fill_pairs(sample, capacity, pairs, wrap=True)
-        rows = max(int(u.rows.max()) + 1 for u in units)
+        units = fill_pairs(lengths, capacity, pairs, wrap=True)
+        rows = rows_for(units)
         used = lengths[np.concatenate([u.pairs for u in units])].reshape(-1, 2)
         used = used[used.any(axis=1)]
         wastes.append(Waste.of(used, capacity, rows * len(units), flops))
     return wastes
+
+
+def rows_for(units: list[Unit], multiple: int = 1) -> int:
+    """Rows of batches that hold these units, a multiple of `multiple`.
+
+    In steps of a sixteenth, so that epochs of slightly different need mostly share one program.
+    """
+    needed = max(int(unit.rows.max()) + 1 for unit in units)
+    step = -(-max(1, needed // 16) // multiple) * multiple
+    return -(-needed // step) * step
 
 
 def subsets(keys: np.ndarray, seed: int) -> np.ndarray:
