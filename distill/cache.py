@@ -322,6 +322,7 @@ def _require_module(module: str) -> None:
         )
 
 
+@functools.cache  # before the first rows are read: TensorFlow makes modules of its own then
 def _code(module: str) -> dict[str, str]:
     """Hashes of the source that decides the rows, by file; called where all of it is imported.
 

@@ -81,6 +81,20 @@ def test_a_fresh_cache_needs_no_tensorflow_and_a_stale_one_is_rebuilt(tmp_path):
     assert "train.txt" in probe(tmp_path)
 
 
+def test_all_splits_that_were_built_together_are_fresh(tmp_path, monkeypatch):
+    toy_folder(tmp_path, 5)
+    (tmp_path / "data" / "validation.txt").write_text("abc\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = cache.RowsConfig(
+        "toy_step_by_step", "toy_tasks", data_dir=str(tmp_path / "data"),
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    splits = ["train", "validation", "test"]
+    assert cache.prepare(config, splits) == splits
+    assert cache.prepare(config, splits) == []
+    assert cache.prepare(config, splits, rebuild=True) == splits
+
+
 def rows_of(n, first=0):
     """Rows as `task.tokenized_rows` gives them."""
     return [
