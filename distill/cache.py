@@ -49,6 +49,7 @@ GRACE = 7 * 24 * 3600
 _COLUMNS = ("lengths", "loss_groups", "keys", "choices", "weights", "population")
 _HEADER = struct.Struct("<II")  # input and target tokens of a record
 _REPORT_EVERY = 500  # rows
+_MAIN = ("__main__", "__mp_main__")  # multiprocessing has a second name for it
 _SIGN = "\x1e"  # what the tokenising process tells its parent, among other output
 
 
@@ -337,7 +338,7 @@ def _code(module: str) -> dict[str, str]:
     for name, imported in list(sys.modules.items()):
         file = getattr(imported, "__file__", None)
         own = name.split(".")[0] == module.split(".")[0]
-        if not file or not file.endswith(".py") or name.split(".")[0] in ("distill", "__main__"):
+        if not file or not file.endswith(".py") or name.split(".")[0] in ("distill", *_MAIN):
             continue
         if own or not os.path.abspath(file).startswith(installed):
             files.add(pathlib.Path(file))

@@ -207,6 +207,7 @@ class TrainBatches:
                 f"Set it to {members} or more."
             )
         self._order: tuple[int, np.ndarray] | None = None
+        self._last_plan: tuple[tuple, Plan] | None = None
         self._require_multiple(row_multiple)
         self.row_multiple = row_multiple
 
@@ -214,7 +215,7 @@ class TrainBatches:
         """The same with another `row_multiple`."""
         self._require_multiple(row_multiple)
         other = copy.copy(self)
-        other.row_multiple = row_multiple
+        other.row_multiple, other._last_plan = row_multiple, None
         return other
 
     def _require_multiple(self, row_multiple: int) -> None:
@@ -274,7 +275,7 @@ class TrainBatches:
             raise ValueError(
                 f"NUM_TRAIN_EXAMPLES={number}, but {self.corpus.name!r} has {size} examples."
             )
-        chosen = task.population[packing.subsets(task.population, self.config.seed) < number]
+        chosen = task.population[subsets(task.population, self.config.seed) < number]
         return np.isin(task.keys, chosen)
 
     def _mixing(self, pair: np.ndarray, task_of: np.ndarray) -> list[tuple[np.ndarray, int]]:
@@ -404,7 +405,16 @@ class TrainBatches:
         Training (`shuffle`) sees every example of the shard at least once; its last batch is filled
         up with the first examples, so that all steps are of one size. Without shuffling every
         example comes exactly once.
+
+        The last plan is kept: a run asks for its first one several times, and every evaluation for
+        the same.
         """
+        key, kept = (epoch, shard, shuffle), self._last_plan
+        if kept is None or kept[0] != key:
+            kept = self._last_plan = key, self._make_plan(*key)
+        return kept[1]
+
+    def _make_plan(self, epoch: int, shard: int, shuffle: bool) -> Plan:
         order = self._epoch_order(epoch, shuffle)
         bounds = np.linspace(0, len(order), self.num_shards + 1).astype(int)
         members = self._members(order[bounds[shard] : bounds[shard + 1]], epoch)
@@ -620,7 +630,10 @@ class _Stream:
                 self._shards.append((max(0, first + len(plan)), *self._after(epoch, shard)))
         batch = i - first
         if plan.rows % self._count:
-            raise ValueError(f"{plan.rows} rows do not divide by {self._count} processes.")
+            raise ValueError(
+                f"{plan.rows} rows do not divide by {self._count} processes: set BATCH_SIZE to a "
+                "multiple."
+            )
         share = plan.rows // self._count
         following = Position(epoch, batch + 1, shard)
         if batch + 1 == len(plan):
@@ -633,6 +646,28 @@ class _Stream:
             sequences=plan.slice(batch, 0, plan.rows)[0],
             next=following,
         )
+
+
+def subsets(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Ranks of examples in an order that depends on nothing but their keys and the seed.
+
+    The first n of it are a random subset that holds every smaller one.
+
+    Args:
+      keys: uint64 [n], one per example.
+      seed: of the order.
+
+    Returns:
+      int64 [n]: the place of each example.
+    """
+    with np.errstate(over="ignore"):  # splitmix64 (Steele et al. 2014)
+        x = keys + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    rank = np.empty(len(keys), np.int64)
+    rank[np.lexsort((keys, x))] = np.arange(len(keys))
+    return rank
 
 
 def truncate(tokens: np.ndarray, length: int) -> np.ndarray:

@@ -273,12 +273,16 @@ def train(
             f"The vocabulary {data.vocabulary!r} has {vocabulary.size} ids, the model only "
             f"{model.vocab_size}: set --gin.T5Config.vocab_size={-(-vocabulary.size // 128) * 128}."
         )
-    flops = packing.Flops.of(model)
-    batches = data_lib.TrainBatches(corpus, data, flops, shards)
+    batches = data_lib.TrainBatches(corpus, data, packing.Flops.of(model), shards)
     num_microbatches = config.num_microbatches or _auto_microbatches(batches)
     batches = batches.with_row_multiple(shards * num_microbatches)
     fingerprint = batches.fingerprint()
-    validation, test = (_held_out(data, split, flops, shards) for split in ("validation", "test"))
+    # In the rows of training: no second search for lengths, and no second shape.
+    held_out = dataclasses.replace(
+        data, feature_lengths=batches.capacity, num_train_examples=None, train_fraction=None,
+        loader_processes=0,
+    )  # fmt: skip
+    validation, test = (_held_out(held_out, split, shards) for split in ("validation", "test"))
 
     # 2. The state: a checkpoint of this run, else the initial checkpoint, else random.
     net = t5.T5(model, partitioning.activation_constraint(devices))
@@ -467,9 +471,7 @@ class _HeldOut:
     batches: data_lib.TrainBatches
 
 
-def _held_out(
-    config: data_lib.DataConfig, split: str, flops: packing.Flops, shards: int
-) -> _HeldOut | None:
+def _held_out(config: data_lib.DataConfig, split: str, shards: int) -> _HeldOut | None:
     try:
         corpus = cache.load(config, split, prepared=True)
     except cache.NoSplitError as e:
@@ -481,10 +483,7 @@ def _held_out(
     for task in corpus.tasks:
         for name in task.metrics:
             evaluate.metric_function(name)  # one that cannot be imported is an error now
-    everything = dataclasses.replace(
-        config, num_train_examples=None, train_fraction=None, loader_processes=0
-    )
-    return _HeldOut(corpus, data_lib.TrainBatches(corpus, everything, flops, shards))
+    return _HeldOut(corpus, data_lib.TrainBatches(corpus, config, row_multiple=shards))
 
 
 def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
@@ -754,14 +753,9 @@ def _evaluate(
     scalars = {name: float(value) for name, value in summary.items()}
     writer.write(f"training_eval/{corpus.name}/{corpus.split}", step, scalars)
     scores = evaluate.score_tasks(
-        params,
-        net,
-        corpus,
-        vocabulary,
-        mesh,
-        num_examples=config.evaluator_num_examples,
-        row_lengths=row_lengths,
-    )
+        params, net, corpus, vocabulary, mesh,
+        num_examples=config.evaluator_num_examples, row_lengths=row_lengths,
+    )  # fmt: skip
     for score in scores:
         seen = {"tokens": progress.tokens, "examples": progress.examples}
         values = {**score.metrics, "standard_error": score.standard_error, **seen}

@@ -478,3 +478,14 @@ def test_fingerprint_names_what_decides_the_batches(corpus_of):
         config = dataclasses.replace(base, **change)
         after = data.TrainBatches(corpus, config).fingerprint()
         assert {k for k in after if after[k] != before.get(k)} == {key}
+
+
+def test_subsets_are_nested_and_drawn_by_the_seed():
+    keys = np.random.default_rng(0).integers(2**63, size=1000, dtype=np.uint64)
+    ranks = data.subsets(keys, seed=3)
+    assert sorted(ranks) == list(range(1000))
+    shuffled = np.random.default_rng(1).permutation(1000)
+    np.testing.assert_array_equal(data.subsets(keys[shuffled], seed=3), ranks[shuffled])
+    assert (data.subsets(keys, seed=4) != ranks).mean() > 0.9
+    # A random order: the first tenth comes from everywhere.
+    assert 20 < (np.flatnonzero(ranks < 100) < 500).sum() < 80

@@ -173,14 +173,3 @@ def test_a_sequence_longer_than_the_budget_still_gets_a_row():
     lengths = np.array([[[900, 300], [10, 20]]] * 10)
     best = packing.propose_lengths(lengths, BASE, rows=8)[0]
     assert best.inputs >= 900 and best.targets >= 300
-
-
-def test_subsets_are_nested_and_drawn_by_the_seed():
-    keys = np.random.default_rng(0).integers(2**63, size=1000, dtype=np.uint64)
-    ranks = packing.subsets(keys, seed=3)
-    assert sorted(ranks) == list(range(1000))
-    shuffled = np.random.default_rng(1).permutation(1000)
-    np.testing.assert_array_equal(packing.subsets(keys[shuffled], seed=3), ranks[shuffled])
-    assert (packing.subsets(keys, seed=4) != ranks).mean() > 0.9
-    # A random order: the first tenth comes from everywhere.
-    assert 20 < (np.flatnonzero(ranks < 100) < 500).sum() < 80

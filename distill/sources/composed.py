@@ -57,8 +57,25 @@ class FirstOf:
         return self.first(split).files(split)
 
 
+class _Around:
+    """What a source made of another one takes from it."""
+
+    source: Source
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return self.source.splits
+
+    @property
+    def teacher_metric(self) -> metrics.MetricFn | None:
+        return getattr(self.source, "teacher_metric", None)
+
+    def files(self, split: str) -> list[str]:
+        return self.source.files(split)
+
+
 @dataclasses.dataclass(frozen=True)
-class WithPool:
+class WithPool(_Around):
     """A source whose training rows are followed by inputs without a gold label.
 
     Attributes:
@@ -68,14 +85,6 @@ class WithPool:
 
     source: Source
     pool: Source
-
-    @property
-    def splits(self) -> Sequence[str]:
-        return self.source.splits
-
-    @property
-    def teacher_metric(self) -> metrics.MetricFn | None:
-        return getattr(self.source, "teacher_metric", None)
 
     def rows(self, split: str) -> list[Row]:
         """Returns the rows of a split.
@@ -99,7 +108,7 @@ class WithPool:
         return [*self.source.files(split), *(self.pool.files("train") if split == "train" else ())]
 
 
-class Remembered:
+class Remembered(_Around):
     """A source that reads a split once, until its files change.
 
     The tasks of a dataset read the same rows one after the other, and large files take a minute to
@@ -109,14 +118,6 @@ class Remembered:
     def __init__(self, source: Source):
         self.source = source
         self._last: tuple[object, list[Row], dict[str, bool]] | None = None
-
-    @property
-    def splits(self) -> Sequence[str]:
-        return self.source.splits
-
-    @property
-    def teacher_metric(self) -> metrics.MetricFn | None:
-        return getattr(self.source, "teacher_metric", None)
 
     def rows(self, split: str) -> list[Row]:
         paths = [epath.Path(file) for file in self.files(split)]
@@ -130,6 +131,3 @@ class Remembered:
         for message, warn in notes.items():
             note(message, warn)
         return rows
-
-    def files(self, split: str) -> list[str]:
-        return self.source.files(split)
