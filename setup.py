@@ -24,7 +24,9 @@ setuptools.setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=setuptools.find_packages(include=["distill", "distill.*", "tasks", "gin_configs"]),
+    packages=setuptools.find_packages(
+        include=["distill", "distill.*", "tasks", "gin_configs", "gin_configs.t5x"]
+    ),
     package_data={"gin_configs": ["**/*.gin"], "distill.teacher": ["prompts/**/*.toml"]},
     install_requires=[
         # Python 3.11 resolves to jax 0.10 and flax 0.12.8, 3.12 to the newest.
@@ -40,6 +42,7 @@ setuptools.setup(
         "absl-py>=2.3,<3",
         "gin-config>=0.5.0,<0.6",  # its parser is used directly
         "msgpack>=1.1,<2",
+        "safetensors>=0.8,<0.9",
         "sentencepiece>=0.2.1,<0.3",
         "tqdm>=4.67,<5",
         "tensorboardX>=2.6.4,<3",
@@ -56,11 +59,19 @@ setuptools.setup(
             "ruff>=0.17,<0.18",
         ],
         # Compares logits and exports with Hugging Face's T5.
-        "parity": ["transformers>=5.20,<6", "torch==2.13.0", "safetensors>=0.8,<0.9"],
+        "parity": ["transformers>=5.20,<6", "torch==2.13.0"],
+        # Checkpoints by their id on the Hugging Face hub.
+        "hub": ["huggingface_hub>=1.0,<3"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]", "gcsfs>=2025.3"],
         # gs:// paths.
         "gcs": ["gcsfs>=2025.3"],
+        # What T5X imports beyond the above, for distill/t5x_adapter.py. T5X itself, AirIO and
+        # JEstimator are on no index; clone them (docs/t5x.md). Tested:
+        #   https://github.com/google-research/t5x @ cc342d419ec3e3e9c4bf1df33c82330cafdc1e16
+        #   https://github.com/google/airio @ 69897df7d9a427b947a9f7bb4164c7782b43e601
+        #   https://github.com/google-research/jestimator @ 326824a477feef6d92e6f44175000907a72899ca
+        "t5x": ["clu>=0.0.12,<0.1", "cached_property", "fiddle", "tensorboard"],
         # Compiles for TPU topologies on a machine without a TPU.
         "tpu-aot": ["libtpu>=0.0.51,<0.1"],
     },

@@ -250,7 +250,7 @@ class Checkpointer:
         for step in reversed(self.steps()):
             folder = self.folder / f"checkpoint_{step}"
             # A wrong configuration must raise here, not walk back through every checkpoint.
-            _require_match(folder, _describe(wanted), _leaves(_read_manifest(folder)))
+            require_match(folder, _describe(wanted), _leaves(_read_manifest(folder)))
             problems = verify(folder)
             if not problems:
                 return step
@@ -326,6 +326,16 @@ def read_metadata(folder: epath.PathLike) -> dict[str, Any]:
     return json.loads((folder / _METADATA).read_bytes())
 
 
+def leaves(folder: epath.PathLike) -> Leaves:
+    """Returns {leaf's path: (shape, dtype name)} of one checkpoint folder; reads no array.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      ValueError: if it is not a checkpoint.
+    """
+    return _leaves(_read_manifest(_absolute(folder)))
+
+
 def restore(
     folder: epath.PathLike, target: PyTree, *, subtree: str | None = None
 ) -> tuple[PyTree, dict[str, Any]]:
@@ -357,7 +367,7 @@ def restore(
         if not have:
             keys = sorted({p.split("/")[0] for p in _leaves(manifest)})
             raise ValueError(f"{folder} has no {subtree!r}; it has {', '.join(keys)}")
-    _require_match(folder, _describe(wanted), have)
+    require_match(folder, _describe(wanted), have)
     files = _files_of(manifest, subtree)
     _on_first_process(lambda: _require_intact(folder, manifest, files))
     return _read(folder, wanted, treedef), json.loads((folder / _METADATA).read_bytes())
@@ -433,8 +443,18 @@ def _require_storable(leaves: Leaves) -> None:
         raise ValueError(f"arrays without elements cannot be stored: {', '.join(empty)}")
 
 
-def _require_match(label: epath.Path | str, want: Leaves, have: Leaves) -> None:
-    """Raises one ValueError with every row in which the two leaf tables differ."""
+def require_match(label: epath.Path | str, want: Leaves, have: Leaves, reason: str = "") -> None:
+    """Compares two leaf tables.
+
+    Args:
+      label: what does not fit, for the message.
+      want: {leaf: (shape, dtype)} of the program.
+      have: the same of a checkpoint.
+      reason: what the likely cause is, put under the table.
+
+    Raises:
+      ValueError: they differ; the message has a line for each leaf in which they do.
+    """
 
     def text(table: Leaves, path: str) -> str:
         if path not in table:
@@ -450,7 +470,9 @@ def _require_match(label: epath.Path | str, want: Leaves, have: Leaves) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
     raise ValueError(
-        f"{label} does not fit: {len(rows) - 1} of {len(paths)} leaves differ\n" + "\n".join(lines)
+        "\n".join(
+            [f"{label} does not fit: {len(rows) - 1} of {len(paths)} leaves differ", *lines, reason]
+        ).rstrip()
     )
 
 
@@ -490,7 +512,7 @@ def _read(folder: epath.Path, wanted: dict[str, Any], treedef: Any) -> PyTree:
         flat.update(_flatten(result[key])[0])
     # The tables matched, so this can only be a cast inside Orbax or JAX.
     label = f"{folder}, once restored (64-bit leaves on devices need jax_enable_x64),"
-    _require_match(label, _describe(wanted), _describe(flat))
+    require_match(label, _describe(wanted), _describe(flat))
     return jax.tree_util.tree_unflatten(treedef, [flat[path] for path in wanted])
 
 

@@ -1019,7 +1019,7 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = 
     flags.FLAGS.set_default("verbosity", logging.INFO)
     try:
         main(argv)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         wants = os.environ.get("DISTILL_TRACEBACK") or logging.get_verbosity() > logging.INFO
         if wants:
             traceback.print_exc()

@@ -58,8 +58,9 @@ class TrainConfig:
       model_dir: for checkpoints, metrics and the configuration; local or gs://.
       train_steps: the global step to stop at, T5X's meaning: it counts from the initial checkpoint.
       train_steps_relative: updates to make in this run instead.
-      initial_checkpoint_path: a MODEL_DIR or checkpoint of ours, or a T5X checkpoint folder, to
-        start from. A checkpoint in model_dir goes before it.
+      initial_checkpoint_path: what to start from: a MODEL_DIR or checkpoint of ours, a T5X
+        checkpoint, a folder in Hugging Face's format or a model's id on its hub. A checkpoint in
+        model_dir goes before it.
       eval_period: updates between evaluations on the validation split.
       eval_steps: batches of the teacher-forced validation loss.
       evaluator_num_examples: examples decoded per task and evaluation; None = all.
@@ -288,7 +289,7 @@ def train(
     net = t5.T5(model, partitioning.activation_constraint(devices))
     folder = epath.Path(config.model_dir).expanduser()
     saver = checkpoints.Checkpointer(folder, keep=config.checkpoints_to_keep)
-    initial, base_step = _initial_params(config, saver, net, devices)
+    initial, base_step, weights = _initial_params(config, saver, net, devices)
     last_step = config.train_steps
     if config.train_steps_relative is not None:
         last_step = base_step + config.train_steps_relative
@@ -301,8 +302,8 @@ def train(
         )
     tx = optimizer.build(updates)
     learning_rate = optimizer.learning_rate_at(updates)
-    state, progress = _initial_state(config, saver, net, tx, devices, initial, base_step)
-    del initial  # the state holds it now, and will donate it
+    state, progress = _initial_state(config, saver, net, tx, devices, initial, base_step, weights)
+    del initial, weights  # the state holds the parameters now, and will donate them
     if progress.data:
         _check_same_data(progress.data, fingerprint, config)
     start_step = int(state.step)
@@ -501,11 +502,11 @@ def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
 
 def _initial_params(
     config: TrainConfig, saver: checkpoints.Checkpointer, net: t5.T5, mesh
-) -> tuple[Any, int]:
-    """Parameters to start from, sharded, and the global step they stand for.
+) -> tuple[Any, int, convert.Weights | None]:
+    """Parameters to start from, sharded, the global step they stand for, and where they are from.
 
     A checkpoint in MODEL_DIR goes before INITIAL_CHECKPOINT_PATH, and that before random values.
-    With the first there is nothing to load yet: (None, step at which the run once began).
+    With the first there is nothing to load yet: (None, step at which the run once began, None).
     """
     path = config.initial_checkpoint_path
     if (newest := saver.latest()) is not None:
@@ -517,25 +518,22 @@ def _initial_params(
         for step in reversed(saver.steps()):
             with contextlib.suppress(ValueError):  # damaged: restoring quarantines it
                 metadata = checkpoints.read_metadata(saver.folder / f"checkpoint_{step}")
-                return None, metadata["base_step"]
+                if "converted_from" in metadata:
+                    raise FileExistsError(
+                        f"MODEL_DIR={saver.folder} holds a converted checkpoint, not a run. Give "
+                        "it as INITIAL_CHECKPOINT_PATH, and choose another MODEL_DIR."
+                    )
+                return None, metadata["base_step"], None
         raise FileNotFoundError(f"No intact checkpoint in {saver.folder}.")
 
     abstract = evaluate.abstract_params(net, mesh)
     if path is None:
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(lambda key: t5.init_params(net.config, key), out_shardings=shardings)
-        return init(jax.random.key(config.random_seed)), 0
-    folder = epath.Path(path).expanduser()
-    if convert.is_t5x(folder):
-        flat, step = convert.read_t5x(folder)
-        params = convert.from_t5x(flat)
-        convert.require_fit(folder, params, abstract)
-        return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, abstract), step
-    found = checkpoints.list_checkpoints(folder)
-    if not found:
-        raise FileNotFoundError(f"INITIAL_CHECKPOINT_PATH={path} holds no checkpoint.")
-    params, metadata = checkpoints.restore(found[-1], abstract, subtree="params")
-    return params, metadata["step"]
+        return init(jax.random.key(config.random_seed)), 0, None
+    weights = convert.open_weights(path, slots=True)
+    logging.info("Starting from %s (%s), step %d", weights.path, weights.kind, weights.step)
+    return convert.load(weights, net.config, abstract), weights.step, weights
 
 
 def _initial_state(
@@ -546,6 +544,7 @@ def _initial_state(
     mesh,
     initial: Any,
     base_step: int,
+    weights: convert.Weights | None,
 ) -> tuple[TrainState, _Progress]:
     """The state to go on from, sharded, and where its data goes on."""
     params = evaluate.abstract_params(net, mesh)
@@ -553,18 +552,27 @@ def _initial_state(
     opt_shapes = jax.eval_shape(tx.init, params)
     opt_shardings = partitioning.optimizer_shardings(mesh, opt_shapes, params, shardings)
     replicated = partitioning.replicated(mesh)
-    if initial is not None:
-        opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(initial)
-        step = jax.device_put(np.int32(base_step), replicated)
-        return TrainState(step, initial, opt_state), _Progress({"epoch": 0, "batch": 0})
 
     def abstract(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+    opt_abstract = jax.tree.map(abstract, opt_shapes, opt_shardings)
+    if initial is not None:
+        opt_state = None
+        if weights is not None and weights.kind == convert.T5X:  # which goes on with them, too
+            opt_state = convert.load_slots(weights, opt_abstract)
+            logging.info(
+                "Adafactor's second moments %s", "are restored" if opt_state else "start afresh"
+            )
+        if opt_state is None:
+            opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(initial)
+        step = jax.device_put(np.int32(base_step), replicated)
+        return TrainState(step, initial, opt_state), _Progress({"epoch": 0, "batch": 0})
+
     target = {
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
         "params": params,
-        "opt_state": jax.tree.map(abstract, opt_shapes, opt_shardings),
+        "opt_state": opt_abstract,
     }
     tree, metadata = saver.restore(target)
     logging.info("Going on from %s/checkpoint_%d", saver.folder, metadata["step"])

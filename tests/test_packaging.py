@@ -9,11 +9,13 @@ import zipfile
 import pytest
 
 import distill
-from distill import configure
+from distill import configure, convert
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GIN = ROOT / "gin_configs"
-FILES = sorted(GIN.rglob("*.gin"))
+# Those in t5x/ are for T5X's own parser; tests/test_t5x_adapter.py reads them with it.
+T5X_FILES = sorted((GIN / "t5x").glob("*.gin"))
+FILES = sorted(set(GIN.rglob("*.gin")) - set(T5X_FILES))
 MODELS = sorted((GIN / "models").rglob("*.gin"))
 RUNS = [path for path in sorted((GIN / "runs").glob("*.gin")) if not path.name.startswith("_")]
 TRAIN_RUNS = [path for path in RUNS if path.name != "eval.gin"]
@@ -30,7 +32,18 @@ SIZES = {
     "t5_1_0/large": (1024, 16, 24, 24, 64, 4096, False),
     "t5_1_0/xl": (1024, 32, 24, 24, 128, 16384, False),
     "t5_1_0/xxl": (1024, 128, 24, 24, 128, 65536, False),
+    "mt5/small": (512, 6, 8, 8, 64, 1024, True),
+    "mt5/base": (768, 12, 12, 12, 64, 2048, True),
+    "mt5/large": (1024, 16, 24, 24, 64, 2816, True),
+    "mt5/xl": (2048, 32, 24, 24, 64, 5120, True),
+    "mt5/xxl": (4096, 64, 24, 24, 64, 10240, True),
+    "byt5/small": (1472, 6, 12, 4, 64, 3584, True),
+    "byt5/base": (1536, 12, 18, 6, 64, 3968, True),
+    "byt5/large": (1536, 16, 36, 12, 64, 3840, True),
+    "byt5/xl": (2560, 32, 36, 12, 64, 6720, True),
+    "byt5/xxl": (4672, 64, 36, 12, 64, 12352, True),
 }
+VOCABULARY = {"mt5": 250112, "byt5": 384}
 
 
 def short(path: pathlib.Path) -> str:
@@ -57,6 +70,7 @@ def resolve_train(files, bindings):
 def test_every_model_is_covered():
     names = {str(path.relative_to(GIN / "models").with_suffix("")) for path in MODELS}
     assert names == {*SIZES, "t5_1_1/tiny"}
+    assert convert.RELEASED.keys() == SIZES.keys()
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -64,7 +78,8 @@ def test_model_sizes(name):
     model = resolve_train([f"{name}.gin", "finetune.gin"], NEEDED).arguments()["model"]
     got = (model.emb_dim, model.num_heads, model.num_encoder_layers, model.num_decoder_layers,
            model.head_dim, model.mlp_dim, len(model.mlp_activations) == 2)  # fmt: skip
-    assert got == SIZES[name] and model.vocab_size == 32128
+    assert got == SIZES[name] and model.vocab_size == VOCABULARY.get(name.split("/")[0], 32128)
+    assert convert.released(model) == name
     gated = SIZES[name][-1]
     assert model.mlp_activations == (("gelu", "linear") if gated else ("relu",))
     assert model.logits_via_embedding == (not gated)
@@ -148,13 +163,23 @@ def test_names_of_files_are_unambiguous(path):
     assert [f for f in FILES if f.relative_to(GIN / f.relative_to(GIN).parts[0]) == name] == [path]
 
 
+@pytest.mark.parametrize("path", T5X_FILES, ids=short)
+def test_files_for_t5x_say_so_and_are_refused_here(path):
+    assert path.read_text("utf-8").startswith("# FOR T5X ONLY (docs/t5x.md)")
+    assert path.name.startswith("_") or f"gin_configs/t5x/{path.name}" in "".join(headers(path))
+    assert not [f for f in FILES if f.name == path.name], "a file of ours has this name"
+    if path.name != "labels_only.gin":  # which only names an objective of ours
+        with pytest.raises(configure.ConfigError, match="t5x"):
+            resolve_train([f"t5x/{path.name}"], NEEDED)
+
+
 def test_tasks_in_commands_exist():
     task = pytest.importorskip("distill.task")
     task.import_module("tasks")
     import seqio
 
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    for path in [*FILES, *sorted((ROOT / "scripts").glob("*.py"))]:
+    for path in [*FILES, *T5X_FILES, *sorted((ROOT / "scripts").glob("*.py"))]:
         for name in re.findall(r"MIXTURE_OR_TASK_NAME=(\w+)", path.read_text("utf-8")):
             assert name in names, f"{path}: {name}"
 
@@ -202,6 +227,6 @@ def test_wheel_holds_the_gin_files(tmp_path):
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for path in FILES:
+    for path in [*FILES, *T5X_FILES]:
         assert str(path.relative_to(ROOT)) in names
-    assert {"tasks/__init__.py", "distill/configure.py"} <= names
+    assert {"gin_configs/t5x/__init__.py", "tasks/__init__.py", "distill/configure.py"} <= names

@@ -27,7 +27,10 @@ FLOORS = {
     "cache": 3,
     "data": 4,
     "checkpoints": 2,
-    "convert": 2,
+    "formats": 0,
+    "convert": 3,
+    "export": 4,
+    "t5x_adapter": 3,
     "teacher": 3,
     "evaluate": 5,
     "train": 6,  # It evaluates.
@@ -48,9 +51,14 @@ ONLY_IN = {
     "jax.sharding": {"partitioning"},
     "flax.linen": {"t5"},
     "orbax": {"checkpoints"},
-    "seqio": {"task", "vocabulary"},
-    "tensorflow": {"task"},
+    "seqio": {"task", "vocabulary", "t5x_adapter"},
+    "tensorflow": {"task", "t5x_adapter"},
+    "t5x": {"t5x_adapter"},
+    "clu": {"t5x_adapter"},
     "array_record": {"cache"},
+    "torch": {"formats"},
+    "safetensors": {"formats"},
+    "huggingface_hub": {"formats"},
 }
 
 MODULES = sorted((ROOT / "distill").rglob("*.py"))

@@ -63,12 +63,12 @@ def test_logits_equal_those_of_t5x(shared, name):
     sizes = json.loads((folder / "config.json").read_text())
     del sizes["parameters"]
     config = t5.T5Config(**sizes, dtype="float32")
-    flat, step = convert.read_t5x(folder / "checkpoint_dir/checkpoint_1000")
-    assert step == 1000
+    weights = convert.open_weights(folder / "checkpoint_dir/checkpoint_1000")
+    assert weights.step == 1000
     with np.load(folder / f"{name}.npz") as recorded:
         batch = {k: jnp.asarray(v) for k, v in recorded.items() if k != "logits"}
         want = recorded["logits"]
-    got = t5.T5(config).apply({"params": convert.from_t5x(flat)}, batch)
+    got = t5.T5(config).apply({"params": convert.load(weights, config)}, batch)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
 
 
