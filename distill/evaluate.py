@@ -269,7 +269,7 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
         scores = score_tasks(
             params, net, corpus, vocabulary, mesh,
             num_examples=config.num_examples, batch_size=config.batch_size,
-            row_lengths=metadata["data"]["lengths"],
+            row_lengths=metadata.get("data", {}).get("lengths", data.MAX_LENGTHS),
         )  # fmt: skip
         if not scores:
             raise ValueError(f"No task of {corpus.name!r} has a metric, so there is no accuracy.")
@@ -308,19 +308,23 @@ def abstract_params(net: t5.T5, mesh) -> Any:
 
 def _corpus(config: EvaluateConfig, metadata: dict):
     """The rows to score a checkpoint on, in the student's own vocabulary."""
-    mixture = config.mixture_or_task_name or metadata["mixture"]
+    mixture = config.mixture_or_task_name or metadata.get("mixture")
+    spec = config.vocabulary or metadata.get("vocabulary")
+    for name, value in (("MIXTURE_OR_TASK_NAME", mixture), ("VOCABULARY", spec)):
+        if value is None:  # a checkpoint that was converted, not trained here
+            raise ValueError(f"The checkpoint does not say its {name}: set --gin.{name}=...")
 
     def run_if_unset(field: str):
         """A setting of the rows: the run's, if its own mixture is evaluated."""
         value = getattr(config, field)
-        same = mixture == metadata["mixture"]
+        same = mixture == metadata.get("mixture")
         return metadata.get(field) if value is None and same else value
 
     rows = cache.RowsConfig(
         mixture_or_task_name=mixture,
-        mixture_or_task_module=config.mixture_or_task_module or metadata["module"],
-        data_dir=config.data_dir or os.environ.get("DISTILL_DATA_DIR") or metadata["data_dir"],
-        vocabulary=config.vocabulary or metadata["vocabulary"],
+        mixture_or_task_module=config.mixture_or_task_module or metadata.get("module", "tasks"),
+        data_dir=config.data_dir or os.environ.get("DISTILL_DATA_DIR") or metadata.get("data_dir"),
+        vocabulary=spec,
         parsing=run_if_unset("parsing"),
         rationale_store=run_if_unset("rationale_store"),
         max_bad_rows=config.max_bad_rows,
@@ -328,7 +332,7 @@ def _corpus(config: EvaluateConfig, metadata: dict):
         cache_dir=config.cache_dir,
     )
     vocabulary = vocabulary_lib.load(rows.vocabulary)
-    if vocabulary.fingerprint != metadata["data"]["vocabulary"]:
+    if "data" in metadata and vocabulary.fingerprint != metadata["data"]["vocabulary"]:
         raise ValueError(
             f"The vocabulary {rows.vocabulary!r} is not the one that the student was "
             f"trained with ({metadata['vocabulary']!r}); its answers would be noise. Set "

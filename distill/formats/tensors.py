@@ -1,6 +1,5 @@
 """Arrays in files that have not been read yet, and what can be made of them without reading."""
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -8,9 +7,6 @@ import numpy as np
 
 # One slice with start and stop for each axis.
 Index = tuple[slice, ...]
-
-# Layers of a stack that are read at the same time; hides the latency of an object store.
-_PARALLEL_READS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +73,8 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
         layers, inner = index[0], index[1:]
         chosen = tensors[layers]
         out = np.empty((len(chosen), *(s.stop - s.start for s in inner)), tensors[0].dtype)
-
-        def fill(i: int) -> None:
-            out[i] = chosen[i].read(inner)
-
-        with concurrent.futures.ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            list(pool.map(fill, range(len(chosen))))  # list: raises what a read raised
+        for i, tensor in enumerate(chosen):  # one at a time: threads would hold a layer each
+            out[i] = tensor.read(inner)
         return out
 
     return Tensor((len(tensors), *tensors[0].shape), tensors[0].dtype, read)
