@@ -408,7 +408,8 @@ def _unscanned_t5x(folder: epath.Path, found: dict[str, Tensor]) -> dict[str, Te
     """Names as in T5X's unscanned model, one relative bias a stack.
 
     A scanned stack is `encoder/encoder/...` with the layers on axis 1. T5X's scalable T5, scanned
-    or not, has a relative bias in every layer (as UMT5); only if all are equal it is our T5.
+    or not, has heads and channels as two axes, and a relative bias in every layer (as UMT5); only
+    if these are all equal it is our T5.
     """
     result = dict(found)
     for stack in ("encoder", "decoder"):
@@ -423,6 +424,10 @@ def _unscanned_t5x(folder: epath.Path, found: dict[str, Tensor]) -> dict[str, Te
             for i in range(layers_first.shape[0]):
                 inner = name.removeprefix(inside)
                 result[f"{stack}/layers_{i}/{inner}"] = tensors.layer(layers_first, i)
+        for name, tensor in result.items():
+            projection = re.fullmatch(rf"{stack}/layers_[0-9]+/\w*attention/(\w+)/kernel", name)
+            if projection and len(tensor.shape) == 3:
+                result[name] = tensors.merged(tensor, 0 if projection[1] == "out" else 1)
         own = re.compile(rf"{stack}/layers_[0-9]+/relpos_bias/rel_embedding")
         biases = [result.pop(name) for name in sorted(result) if own.fullmatch(name)]
         if biases:

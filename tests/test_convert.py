@@ -375,6 +375,10 @@ def test_t5xs_scanned_stacks(tmp_path, axis):
     for name, array in t5x.flatten(params).items():
         stack, *rest = name.split("/")
         if rest[0] == "layers":
+            if "attention/" in name and rest[-2] == "out":  # heads and channels apart
+                array = array.reshape(len(array), 2, 4, 12)
+            elif "attention/" in name:
+                array = array.reshape(len(array), 12, 2, 4)
             flat["/".join([stack, stack, *rest[1:]])] = np.moveaxis(array, 0, axis)
         elif rest[0] == "relpos_bias":
             depth = {"encoder": 2, "decoder": 3}[stack]
@@ -384,6 +388,9 @@ def test_t5xs_scanned_stacks(tmp_path, axis):
     t5x.write_checkpoint(tmp_path / "same", lazy(flat), {}, 3)
     weights = convert.open_weights(str(tmp_path / "same"))
     assert_same_tree(convert.read_params(weights), params)
+    for name in ("encoder/layers/attention/query/kernel", "encoder/layers/attention/out/kernel"):
+        tensor, index = weights.tensors[name], (slice(1, 2), slice(3, 6), slice(1, 7))
+        np.testing.assert_array_equal(tensor.read(index), t5x.flatten(params)[name][index])
     name = "decoder/decoder/relpos_bias/rel_embedding"
     flat[name] = flat[name] * np.expand_dims(
         np.arange(3, dtype=np.float32), tuple(i for i in range(3) if i != axis)

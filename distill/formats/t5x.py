@@ -129,7 +129,7 @@ def write_checkpoint(
         store = ts.open(spec, dtype=tensor.dtype.name, create=True).result()
         store.write(np.ascontiguousarray(tensor.whole())).result()
     tree = {"target": {}, "state": {_STATES: {}}, **nest(leaves)}
-    tree["state"]["step"] = step
+    tree["state"]["step"] = _encode_array(np.asarray(step, np.int32))
     (folder / _FILE).write_bytes(msgpack.packb({"version": VERSION, "optimizer": tree}))
 
 

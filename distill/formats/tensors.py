@@ -87,6 +87,23 @@ def layer(tensor: Tensor, i: int) -> Tensor:
     )
 
 
+def merged(tensor: Tensor, axis: int) -> Tensor:
+    """Joins an axis with the one after it, as `reshape` does."""
+    size = tensor.shape[axis + 1]
+
+    def read(index: Index) -> np.ndarray:
+        start, stop = index[axis].start, index[axis].stop
+        first, last = start // size, -(-stop // size)
+        outer = (slice(first, last), slice(0, size))
+        part = tensor.read((*index[:axis], *outer, *index[axis + 1 :]))
+        part = part.reshape(*part.shape[:axis], -1, *part.shape[axis + 2 :])
+        before = (slice(None),) * axis
+        return part[(*before, slice(start - first * size, stop - first * size))]
+
+    joined = tensor.shape[axis] * size
+    return Tensor((*tensor.shape[:axis], joined, *tensor.shape[axis + 2 :]), tensor.dtype, read)
+
+
 def with_rows(tensor: Tensor, rows: int, fill: int, axis: int = 0) -> Tensor:
     """Cuts an axis to `rows` entries, or appends copies of its entry `fill` up to as many."""
     have = tensor.shape[axis]
