@@ -66,8 +66,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]", "gcsfs>=2025.3"],
         # gs:// paths.
         "gcs": ["gcsfs>=2025.3"],
-        # What T5X imports beyond the above, for distill/t5x_adapter.py. T5X itself, AirIO and
-        # JEstimator are on no index; clone them (docs/t5x.md). Tested:
+        # What T5X imports beyond the above, for distill/t5x_adapter.py. T5X and AirIO are not on an
+        # index, and the jestimator that is does not import under jax 0.10. Tested (docs/t5x.md):
         #   https://github.com/google-research/t5x @ cc342d419ec3e3e9c4bf1df33c82330cafdc1e16
         #   https://github.com/google/airio @ 69897df7d9a427b947a9f7bb4164c7782b43e601
         #   https://github.com/google-research/jestimator @ 326824a477feef6d92e6f44175000907a72899ca
