@@ -41,6 +41,7 @@ setuptools.setup(
         "etils[epath]>=1.15,<2",
         "absl-py>=2.3,<3",
         "gin-config>=0.5.0,<0.6",  # its parser is used directly
+        "ml_dtypes>=0.5,<0.7",
         "msgpack>=1.1,<2",
         "safetensors>=0.8,<0.9",
         "sentencepiece>=0.2.1,<0.3",
@@ -71,7 +72,12 @@ setuptools.setup(
         #   https://github.com/google-research/t5x @ cc342d419ec3e3e9c4bf1df33c82330cafdc1e16
         #   https://github.com/google/airio @ 69897df7d9a427b947a9f7bb4164c7782b43e601
         #   https://github.com/google-research/jestimator @ 326824a477feef6d92e6f44175000907a72899ca
-        "t5x": ["clu>=0.0.12,<0.1", "cached_property", "fiddle", "tensorboard"],
+        "t5x": [
+            "clu>=0.0.12,<0.1",
+            "cached_property>=2.0.1,<3",
+            "fiddle>=0.3.1,<0.4",
+            "tensorboard>=2.21,<3",
+        ],
         # Compiles for TPU topologies on a machine without a TPU.
         "tpu-aot": ["libtpu>=0.0.51,<0.1"],
     },

@@ -304,6 +304,12 @@ class _Reader:
         if including is None:
             self.files.append(path)
         packaged = any(_inside(path, root) for root in self.packaged)
+        if any(_inside(path, os.path.join(root, "t5x")) for root in self.packaged):
+            raise ConfigError(
+                f"{path} is for T5X itself: python -m t5x.train --gin_file={path} (docs/t5x.md). "
+                "Here, give a model file and a run file: --gin_file=t5_1_1/base.gin "
+                "--gin_file=step_by_step.gin"
+            )
         imports: dict[str, str] = {}
         self._open.append(path)
         for statement in _statements(_read_text(path), path):
