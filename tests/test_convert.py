@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_formats_t5x import assert_same, whole
 
 from distill import checkpoints, convert, evaluate, export, optim, partitioning, t5
 from distill.formats import t5x, tensors
@@ -53,17 +54,6 @@ def make_flat(layers=(2, 12), gated=True, tied=False):
 
 def lazy(arrays):
     return {name: tensors.of(array) for name, array in arrays.items()}
-
-
-def whole(found):
-    return {name: tensor.whole() for name, tensor in found.items()}
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    for name, array in want.items():
-        assert got[name].dtype == array.dtype and got[name].shape == array.shape, name
-        assert got[name].tobytes() == array.tobytes(), name
 
 
 def random_params(model, seed=0):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+from test_sources import ROWS, TEST_ROWS, completion, layout, parse, write
 
 from distill import metrics, sources, task, vocabulary
 
@@ -27,44 +28,9 @@ def fresh(monkeypatch):
     task.reset()
 
 
-# --- A dataset in the released layout ---------------------------------------------------------
-
-# Row i has the input "in<i></s>put", the gold label "g<i>", the teacher's label "t<i>".
-ROWS, TEST_ROWS = 25, 3
-
-
-def write(root, split, rows, completions, shard=10):
-    folder = root / "toy" / "llm"
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": f"in{i}</s>put", "gold": f"g{i}"}) for i in range(rows)]
-    (root / "toy" / f"toy_{split}.json").write_text("\n".join(lines) + "\n")
-    for i, start in enumerate(range(0, len(completions), shard)):
-        part = completions[start : start + shard]
-        (folder / f"{split}_CoT_{i}.json").write_text(json.dumps(part))
-
-
-def completion(i):
-    # Row 12 has a rationale without a label, row 7 nothing that parses.
-    return {12: "why12 =>", 7: ""}.get(i, f"why{i} => t{i}")
-
-
-def parse(text):
-    rationale, _, label = text.partition("=>")
-    return rationale.strip(), label.strip()
-
-
-def layout(**kwargs):
-    return sources.ReleasedLayout(
-        "toy",
-        fields=("text", "gold"),
-        parse=parse,
-        example=lambda f: (f["text"], f["gold"]),
-        **kwargs,
-    )
-
-
 @pytest.fixture
 def data(tmp_path):
+    """The dataset of test_sources: row i is about "in<i></s>put", "g<i>" and "t<i>"."""
     write(tmp_path, "train", ROWS, [completion(i) for i in range(ROWS)])
     write(tmp_path, "test", TEST_ROWS, [completion(i) for i in range(TEST_ROWS)])
     return tmp_path
