@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
-from test_sources import ROWS, TEST_ROWS, completion, layout, parse, write
+from test_sources import ROWS, TEST_ROWS, completion, layout, write
 
 from distill import metrics, sources, task, vocabulary
 
