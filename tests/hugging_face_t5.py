@@ -128,6 +128,15 @@ def golden_batches(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return batch, prompts["encoder_input_tokens"]
 
 
+def require_torch() -> None:
+    """Skips the test where torch or transformers is missing; looks for them, imports nothing."""
+    import pytest
+
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
 def ask(folder: pathlib.Path, request: dict, arrays: dict | None = None) -> tuple[dict, dict]:
     """Has this script answer a request in a process of its own.
 
@@ -139,11 +148,7 @@ def ask(folder: pathlib.Path, request: dict, arrays: dict | None = None) -> tupl
     Returns:
       (arrays, facts) of the answer.
     """
-    import pytest
-
-    for package in ("torch", "transformers"):  # looked for, not imported: see above
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+    require_torch()
     (folder / "request.json").write_text(json.dumps(request))
     np.savez(folder / "request.npz", **(arrays or {}))
     done = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True)

@@ -12,13 +12,20 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from hugging_face_t5 import EOS, MAX_NEW_TOKENS, V1_0, V1_1, ask, random_batch
+from hugging_face_t5 import EOS, MAX_NEW_TOKENS, V1_0, V1_1, ask, random_batch, require_torch
 from test_goldens import logits_of, loss_and_gradients
 from test_vocabulary import CORPUS
 
 from distill import convert, decode, export, t5, vocabulary
 
 pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_there():
+    """Before the other fixtures, which take seconds."""
+    require_torch()
+
 
 # Of the largest logit, or of a tensor's largest gradient. Float32 differs by 1e-6 to 1e-5.
 TOLERANCE = 1e-4
