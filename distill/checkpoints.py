@@ -94,13 +94,15 @@ class Checkpointer:
         self.folder = _absolute(folder)
         self._keep, self._keep_best, self._keep_every = keep, keep_best, keep_every
         # COMMIT_FILE everywhere: the manifest commits, so a rename would add nothing, and what is
-        # tested on a local disk is then what runs on gs://.
+        # tested on a local disk is then what runs on gs://. The handler has to be told as well:
+        # Orbax 0.12.8 renames the items otherwise, wherever that is not gs://.
+        commit_file = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
         self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            timeout_secs=_WRITE_TIMEOUT,
-            atomicity_options=ocp.options.AtomicityOptions(
-                mode=ocp.options.AtomicityMode.COMMIT_FILE
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(atomicity_options=commit_file)
             ),
+            timeout_secs=_WRITE_TIMEOUT,
+            atomicity_options=commit_file,
         )
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None

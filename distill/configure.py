@@ -34,7 +34,7 @@ import gin
 from absl import flags, logging
 from gin import config_parser
 
-from distill import __version__
+from distill import __version__, cluster
 
 COMMAND_LINE = "command line"
 # Modules that a gin file may import without --gin_allow_import.
@@ -384,8 +384,11 @@ class _Reader:
             with contextlib.suppress(OSError):
                 known.update(entry for entry in os.listdir(root) if entry.endswith(".gin"))
         # A user often has the right file and the wrong folder, or the folder left out.
-        same = sorted(k for k in known if os.path.basename(k) == os.path.basename(name))
-        hint = f" Did you mean {' or '.join(same[:4])}?" if same else _did_you_mean(name, known)
+        short = sorted(k for k in known if not any(k.endswith(f"/{other}") for other in known))
+        names = [os.path.basename(k) for k in short]
+        close = difflib.get_close_matches(os.path.basename(name), names, n=1, cutoff=0.6)
+        same = [k for k, last in zip(short, names, strict=True) if last in close]
+        hint = f" Did you mean {' or '.join(same[:6])}?" if same else ""
         who = f"{including}: include" if including else "--gin_file"
         return f"{who}: there is no file {name}.{hint} Looked in: {', '.join(roots)}"
 
@@ -855,11 +858,24 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string,
         "coordinator_address",
         None,
-        'host:port of process 0 of a multi-process run, or "auto" where the environment knows it '
-        "(TPU pods, SLURM, Open MPI).",
+        "host:port of process 0 of a multi-process run. Not needed where the environment knows it "
+        '(TPU pods, SLURM, Open MPI, indexed Kubernetes jobs); "auto" makes it an error that it '
+        'does not, "none" ignores it.',
     )
     define(flags.DEFINE_integer, "process_count", None, "Number of processes.")
     define(flags.DEFINE_integer, "process_index", None, "This process, from 0.")
+    define(
+        flags.DEFINE_integer,
+        "initialization_timeout",
+        cluster.INITIALIZATION_TIMEOUT,
+        "Seconds to wait for the other processes at the start.",
+    )
+    define(
+        flags.DEFINE_integer,
+        "heartbeat_timeout",
+        cluster.HEARTBEAT_TIMEOUT,
+        "Seconds of silence after which another process counts as dead.",
+    )
     define(flags.DEFINE_bool, "dry_run", False, "Check and print the resolved config only.")
 
 
@@ -900,22 +916,16 @@ def _help_text() -> str:
 
 def _start_processes(values: flags.FlagValues) -> None:
     """Joins the other processes; must come before anything asks JAX for its devices."""
-    address = values.coordinator_address
-    count, index = values.process_count, values.process_index
-    if address is None:
-        if count is not None or index is not None:
-            raise ConfigError("--process_count and --process_index need --coordinator_address")
-        return
-    import jax  # Not needed to check a configuration.
-
-    if address == "auto":
-        jax.distributed.initialize(num_processes=count, process_id=index)
-        return
-    if count is None or index is None:
-        raise ConfigError("--coordinator_address needs --process_count and --process_index")
-    if not 0 <= index < count:
-        raise ConfigError(f"--process_index={index} is not in 0..{count - 1}")
-    jax.distributed.initialize(address, num_processes=count, process_id=index)
+    try:
+        cluster.start(
+            values.coordinator_address,
+            values.process_count,
+            values.process_index,
+            initialization_timeout=values.initialization_timeout,
+            heartbeat_timeout=values.heartbeat_timeout,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _export_data_folders(values: flags.FlagValues) -> None:
@@ -936,10 +946,12 @@ def execute(fn: Callable[..., Any], argv: Sequence[str]) -> Any:
     global _operative
     values = parse_argv(argv)
     _operative = _resolve_flags(fn, values)
-    for path in _operative.files:
-        logging.info("gin file: %s", path)
     if not values.dry_run:
         _start_processes(values)
+        if not cluster.is_first() and logging.get_verbosity() == logging.INFO:
+            logging.set_verbosity(logging.WARNING)  # one process says what the run does
+    for path in _operative.files:
+        logging.info("gin file: %s", path)
     _export_data_folders(values)
     arguments = _operative.arguments()
     if values.dry_run:
@@ -1008,6 +1020,8 @@ def run(fn: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
 def run_main(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0, 2 for a user's error (message only), else what `main` raises.
 
+    Where several processes are one run, one that fails does not wait for the others.
+
     Args:
         main: Takes the command line.
         argv: The command line; `sys.argv` by default.
@@ -1032,5 +1046,11 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = 
         print(f"Error: {error}", file=sys.stderr)
         if not wants and not isinstance(error, ConfigError):
             print("(DISTILL_TRACEBACK=1 shows where this was raised.)", file=sys.stderr)
+        cluster.abandon(2)
         sys.exit(2)
+    except (Exception, KeyboardInterrupt):
+        if cluster.is_several():
+            traceback.print_exc()
+            cluster.abandon(1)
+        raise
     sys.exit(0)

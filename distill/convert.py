@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +33,14 @@ PyTree = Any
 
 LAYER = "{i}"  # stands for the layer's index in the other formats' names
 OURS, T5X, HUGGING_FACE = "ours", "T5X", "Hugging Face"
+_BLOCK = 64 << 20  # bytes compared at a time
 VOCAB_MULTIPLE = 128  # embeddings are padded to a multiple of it
+
+# The fields of T5Config that the parameters depend on.
+ARCHITECTURE = (
+    "vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "head_dim",
+    "mlp_dim", "mlp_activations", "logits_via_embedding",
+)  # fmt: skip
 
 # The types of parameters in files; all of them are exact as float32.
 FLOATS = ("float32", "bfloat16", "float16")
@@ -52,28 +60,29 @@ _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weigh
 # Other names that torch files have for shared.weight.
 _ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
-# What --gin_file= has, to name the right one: (vocab, emb, heads, encoder, decoder, mlp).
+# The sizes of released T5s by their model file: (vocabulary, emb_dim, heads, encoder and decoder
+# layers, head_dim, mlp_dim). T5 1.0 is tied with ReLU, all others are untied with gated GELU.
 RELEASED = {
-    "t5_1_0/small": (32128, 512, 8, 6, 6, 2048),
-    "t5_1_0/base": (32128, 768, 12, 12, 12, 3072),
-    "t5_1_0/large": (32128, 1024, 16, 24, 24, 4096),
-    "t5_1_0/xl": (32128, 1024, 32, 24, 24, 16384),
-    "t5_1_0/xxl": (32128, 1024, 128, 24, 24, 65536),
-    "t5_1_1/small": (32128, 512, 6, 8, 8, 1024),
-    "t5_1_1/base": (32128, 768, 12, 12, 12, 2048),
-    "t5_1_1/large": (32128, 1024, 16, 24, 24, 2816),
-    "t5_1_1/xl": (32128, 2048, 32, 24, 24, 5120),
-    "t5_1_1/xxl": (32128, 4096, 64, 24, 24, 10240),
-    "mt5/small": (250112, 512, 6, 8, 8, 1024),
-    "mt5/base": (250112, 768, 12, 12, 12, 2048),
-    "mt5/large": (250112, 1024, 16, 24, 24, 2816),
-    "mt5/xl": (250112, 2048, 32, 24, 24, 5120),
-    "mt5/xxl": (250112, 4096, 64, 24, 24, 10240),
-    "byt5/small": (384, 1472, 6, 12, 4, 3584),
-    "byt5/base": (384, 1536, 12, 18, 6, 3968),
-    "byt5/large": (384, 1536, 16, 36, 12, 3840),
-    "byt5/xl": (384, 2560, 32, 36, 12, 6720),
-    "byt5/xxl": (384, 4672, 64, 36, 12, 12352),
+    "t5_1_0/small": (32128, 512, 8, 6, 6, 64, 2048),
+    "t5_1_0/base": (32128, 768, 12, 12, 12, 64, 3072),
+    "t5_1_0/large": (32128, 1024, 16, 24, 24, 64, 4096),
+    "t5_1_0/xl": (32128, 1024, 32, 24, 24, 128, 16384),
+    "t5_1_0/xxl": (32128, 1024, 128, 24, 24, 128, 65536),
+    "t5_1_1/small": (32128, 512, 6, 8, 8, 64, 1024),
+    "t5_1_1/base": (32128, 768, 12, 12, 12, 64, 2048),
+    "t5_1_1/large": (32128, 1024, 16, 24, 24, 64, 2816),
+    "t5_1_1/xl": (32128, 2048, 32, 24, 24, 64, 5120),
+    "t5_1_1/xxl": (32128, 4096, 64, 24, 24, 64, 10240),
+    "mt5/small": (250112, 512, 6, 8, 8, 64, 1024),
+    "mt5/base": (250112, 768, 12, 12, 12, 64, 2048),
+    "mt5/large": (250112, 1024, 16, 24, 24, 64, 2816),
+    "mt5/xl": (250112, 2048, 32, 24, 24, 64, 5120),
+    "mt5/xxl": (250112, 4096, 64, 24, 24, 64, 10240),
+    "byt5/small": (384, 1472, 6, 12, 4, 64, 3584),
+    "byt5/base": (384, 1536, 12, 18, 6, 64, 3968),
+    "byt5/large": (384, 1536, 16, 36, 12, 64, 3840),
+    "byt5/xl": (384, 2560, 32, 36, 12, 64, 6720),
+    "byt5/xxl": (384, 4672, 64, 36, 12, 64, 12352),
 }
 
 
@@ -288,6 +297,7 @@ class Weights:
       slots: Adafactor's second moments, "<our name>/<v_row, v_col or v>"; empty unless asked for.
       vocabulary: what `vocabulary.load` takes, where the checkpoint says.
       notes: what a user should know about it.
+      copies: pairs of names and tensors that have to be equal, which is seen when they are read.
     """
 
     path: epath.Path
@@ -298,6 +308,7 @@ class Weights:
     slots: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     vocabulary: str | None = None
     notes: tuple[str, ...] = ()
+    copies: tuple[tuple[str, Tensor, str, Tensor], ...] = ()
 
 
 def open_weights(path: str, *, slots: bool = False, read_bin: bool = False) -> Weights:
@@ -314,29 +325,36 @@ def open_weights(path: str, *, slots: bool = False, read_bin: bool = False) -> W
       ValueError: a file is damaged, or it is no T5 that we have, with what differs.
     """
     folder = epath.Path(path).expanduser()
+    if "://" not in str(path):
+        folder = epath.Path(os.path.abspath(folder))  # it is remembered in checkpoints
     if not folder.exists() and hugging_face.is_hub_id(str(path)):
         try:
             folder = hugging_face.download(str(path), read_bin=read_bin)
         except ValueError as error:
             raise ValueError(f"There is no folder {path} here. As an id, {error}") from error
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"No checkpoint at {path}: give a folder of this project, of T5X, or in Hugging Face's "
-            "format, or the id of a model on its hub, such as google/flan-t5-small."
+    if not str(path) or not folder.is_dir():
+        kind = (
+            f"{path} is a file: give its folder" if folder.exists() else f"No checkpoint at {path}"
         )
-    if hugging_face.is_hugging_face(folder):
-        return _open_hugging_face(folder, read_bin)
+        raise FileNotFoundError(
+            f"{kind}. It takes a folder of this project, of T5X, or in Hugging Face's format, or "
+            "the id of a model on its hub with its organization, such as google-t5/t5-small."
+        )
     if t5x.is_t5x(folder):
         return _open_t5x(folder, slots)
-    theirs = [
-        (int(match[1]), child)
+    steps = {
+        child: int(match[1])
         for child in folder.iterdir()
-        if (match := re.fullmatch(r"checkpoint_([0-9]+)", child.name)) and t5x.is_t5x(child)
-    ]
-    if theirs:
-        newest = max(theirs)[1]
-        logging.info("%s holds %d T5X checkpoints; %s is taken", folder, len(theirs), newest.name)
-        return _open_t5x(newest, slots)
+        if (match := re.fullmatch(r"checkpoint_([0-9]+)", child.name)) and child.is_dir()
+    }
+    known = (hugging_face.CONFIG, *hugging_face.WEIGHTS)  # one is enough for a message about it
+    if not steps and any((folder / name).exists() for name in known):
+        return _open_hugging_face(folder, read_bin)
+    theirs = {step: child for child, step in steps.items() if t5x.is_t5x(child)}
+    newest = max(theirs, default=-1)
+    if theirs and newest == max(steps.values()):
+        logging.info("%s holds %d T5X checkpoints; step %d is taken", folder, len(theirs), newest)
+        return _open_t5x(theirs[newest], slots)
     return _open_ours(folder, slots)
 
 
@@ -389,7 +407,9 @@ def _open_t5x(folder: epath.Path, slots: bool) -> Weights:
         if named.keys() == target.keys() == found.target.keys():  # else scanned: left alone
             for name, tensor in _stack_slots(named).items():
                 moments[f"{name}/{slot}"] = tensor
-    return Weights(folder, T5X, ours, model, found.step, moments)
+    assumed = " and ".join(model.mlp_activations)
+    note = f"T5X's files do not tell the activation of the feed-forward block; {assumed} is assumed"
+    return Weights(folder, T5X, ours, model, found.step, moments, notes=(note,))
 
 
 def _stack_slots(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -443,7 +463,9 @@ def _unscanned_t5x(folder: epath.Path, found: dict[str, Tensor]) -> dict[str, Te
 
 def _open_hugging_face(folder: epath.Path, read_bin: bool) -> Weights:
     opened = hugging_face.open_folder(folder, read_bin=read_bin)
-    config, found, notes = opened.config, dict(opened.tensors), []
+    config, found = opened.config, dict(opened.tensors)
+    notes: list[str] = []
+    copies: list[tuple[str, Tensor, str, Tensor]] = []
     kind = config.get("model_type")
     if kind == "umt5":
         raise ValueError(
@@ -460,10 +482,7 @@ def _open_hugging_face(folder: epath.Path, read_bin: bool) -> Weights:
             notes.append(f"{_UNUSED} is left out: no T5 uses it")
         for alias in _ALIASES:
             if alias in found and "shared.weight" in found:
-                _require_equal(
-                    found, alias, "shared.weight", "an encoder-decoder has one embedding"
-                )
-                del found[alias]
+                copies.append((alias, found.pop(alias), "shared.weight", found["shared.weight"]))
             elif alias in found:
                 found["shared.weight"] = found.pop(alias)
         activations = _activations(config)
@@ -472,9 +491,10 @@ def _open_hugging_face(folder: epath.Path, read_bin: bool) -> Weights:
             "scale_decoder_outputs", config.get("tie_word_embeddings") is not False
         )
         if scaled and head in found:
-            _require_equal(found, head, "shared/embedding" if opened.flax else "shared.weight",
-                           "config.json ties the logits to the embedding", opened.flax)  # fmt: skip
-            del found[head]
+            own, shared = found.pop(head), "shared/embedding" if opened.flax else "shared.weight"
+            if opened.flax:
+                own = tensors.transposed(own)
+            copies.append((head, own, shared, found[shared]))
         elif not scaled and head not in found:
             if config.get("tie_word_embeddings") is False:
                 raise ValueError(
@@ -491,7 +511,9 @@ def _open_hugging_face(folder: epath.Path, read_bin: bool) -> Weights:
     rate = config.get("dropout_rate")
     if isinstance(rate, int | float) and 0 <= rate < 1:
         model = dataclasses.replace(model, dropout_rate=float(rate))
-    return Weights(folder, HUGGING_FACE, ours, model, 0, {}, _tokenizer(folder), tuple(notes))
+    return Weights(
+        folder, HUGGING_FACE, ours, model, 0, {}, _tokenizer(folder), tuple(notes), tuple(copies),
+    )  # fmt: skip
 
 
 def _unscanned_flax(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -519,22 +541,33 @@ def _unscanned_flax(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _require_equal(
-    found: Mapping[str, Tensor], name: str, other: str, reason: str, transposed: bool = False
-) -> None:
-    one = tensors.transposed(found[name]) if transposed else found[name]
-    two = found[other]
-    if one.shape != two.shape or one.dtype != two.dtype or not np.array_equal(
-        one.whole(), two.whole()
-    ):  # fmt: skip
-        raise ValueError(f"{name} is not {other}, but {reason}")
+def require_copies(weights: Weights) -> None:
+    """Compares what a file holds twice, such as the embedding, a part at a time.
+
+    Raises:
+      ValueError: it holds two different arrays where the model has one.
+    """
+    for name, one, other, two in weights.copies:
+        same = one.shape == two.shape and one.dtype == two.dtype
+        rows = max(1, _BLOCK * one.shape[0] // max(1, one.nbytes)) if same else 1
+        for start in range(0, one.shape[0] if same else 0, rows):
+            part = (
+                slice(start, min(start + rows, one.shape[0])),
+                *tensors.everything(one.shape)[1:],
+            )
+            same = same and np.array_equal(one.read(part), two.read(part))
+        if not same:
+            raise ValueError(
+                f"{weights.path}: {name} is not {other}, but the model that config.json describes "
+                "has one array for both"
+            )
 
 
 def _activations(config: Mapping[str, Any]) -> tuple[str, ...]:
     name = config.get(
         "feed_forward_proj", "gated-gelu" if config["model_type"] == "mt5" else "relu"
     )
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(
             f"config.json has feed_forward_proj={name!r}; there are {', '.join(ACTIVATIONS)}"
         )
@@ -561,7 +594,7 @@ def _require_config(config: Mapping[str, Any], model: t5.T5Config) -> None:
         "num_decoder_layers": model.num_decoder_layers,
     }
     for name, value in (sizes | fixed).items():
-        if config.get(name) is not None and config[name] != value:
+        if config.get(name) not in (None, value, [value]):
             where = "the arrays have" if name in sizes else "our T5 has"
             raise ValueError(f"config.json has {name}={config[name]!r}, {where} {value}")
 
@@ -643,15 +676,10 @@ def require_fit(weights: Weights, model: t5.T5Config) -> None:
       ValueError: they differ; the message has a want/have table and the likely reason.
     """
     have = weights.model
+    differ = _differences(have, model)
     gated = [len(config.mlp_activations) == 2 for config in (have, model)]
-    same = have.mlp_activations == model.mlp_activations
-    if weights.kind == T5X:  # whose files do not tell the activation
-        same = gated[0] == gated[1]
-    fields = ("emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "head_dim",
-              "mlp_dim", "logits_via_embedding")  # fmt: skip
-    differ = [field for field in fields if getattr(have, field) != getattr(model, field)]
-    differ += [] if same else ["mlp_activations"]
-    differ += [] if _padded(have) == _padded(model) else ["vocab_size"]
+    if weights.kind == T5X and gated[0] == gated[1] and "mlp_activations" in differ:
+        differ.remove("mlp_activations")  # its files do not tell which
     found = _leaves(_with_vocabulary(weights.tensors, model))
     want = {name: (x.shape, "float") for name, x in _shapes(model).items()}
     if not differ and found == want:
@@ -667,12 +695,25 @@ def require_fit(weights: Weights, model: t5.T5Config) -> None:
 
 
 def released(model: t5.T5Config) -> str | None:
-    """The model file that a released T5 of this size has, such as "t5_1_1/base", or None."""
-    sizes = (
-        _padded(model), model.emb_dim, model.num_heads, model.num_encoder_layers,
-        model.num_decoder_layers, model.mlp_dim,
+    """The model file that a released T5 of this architecture has ("t5_1_1/base"), or None."""
+    return next((name for name in RELEASED if not _differences(model, released_config(name))), None)
+
+
+def released_config(name: str) -> t5.T5Config:
+    """The architecture that a name of RELEASED stands for."""
+    vocab, emb, heads, encoder, decoder, head_dim, mlp = RELEASED[name]
+    old = name.startswith("t5_1_0")
+    return t5.T5Config(
+        vocab_size=vocab, emb_dim=emb, num_heads=heads, num_encoder_layers=encoder,
+        num_decoder_layers=decoder, head_dim=head_dim, mlp_dim=mlp, logits_via_embedding=old,
+        mlp_activations=("relu",) if old else ("gelu", "linear"),
     )  # fmt: skip
-    return next((name for name, known in RELEASED.items() if known == sizes), None)
+
+
+def _differences(one: t5.T5Config, other: t5.T5Config) -> list[str]:
+    """The fields in which two architectures differ; padding of the vocabulary is none."""
+    differ = [field for field in ARCHITECTURE if getattr(one, field) != getattr(other, field)]
+    return [field for field in differ if field != "vocab_size" or _padded(one) != _padded(other)]
 
 
 def _padded(model: t5.T5Config) -> int:
@@ -712,13 +753,14 @@ def load(weights: Weights, model: t5.T5Config, abstract: PyTree | None = None) -
       ValueError: it does not fit the model (before anything is allocated), or a file is damaged.
     """
     require_fit(weights, model)
+    require_copies(weights)
     for note in weights.notes:
         logging.info("%s: %s", weights.path, note)
     if weights.model.vocab_size != model.vocab_size:
         logging.warning(
             "%s has %d rows in its embedding, the model %d: %s.", weights.path,
             weights.model.vocab_size, model.vocab_size,
-            "padding is cut off" if weights.model.vocab_size > model.vocab_size
+            "the last ones are cut off" if weights.model.vocab_size > model.vocab_size
             else "the rest are copies of the padding token's",
         )  # fmt: skip
     stored = sorted({x.dtype.name for x in weights.tensors.values()} - {"float32"})
@@ -738,7 +780,7 @@ def _read(tensor: Tensor, spec: Any) -> Any:
 
     def part(index: tensors.Index) -> np.ndarray:
         array = np.asarray(tensor.read(index), dtype=spec.dtype, order="C")
-        # The parameters are donated in training: they may not be somebody else's memory.
+        # JAX may keep the memory of the array on a CPU, so it may not be a file's.
         return array if array.flags.owndata and array.flags.writeable else array.copy()
 
     if getattr(spec, "sharding", None) is None:
@@ -779,20 +821,38 @@ def load_slots(weights: Weights, abstract: PyTree) -> PyTree | None:
     ]
     moments = re.compile(r"(.*)/(v_row|v_col|v)/(.+)")
     factored = {match[1] for name, _ in paths if (match := moments.fullmatch(name))}
+    if not factored or not weights.slots:
+        return None
     leaves = []
     for name, spec in paths:
         state, _, last = name.rpartition("/")
         if match := moments.fullmatch(name):
             tensor = weights.slots.get(f"{match[3]}/{match[2]}")
-            if tensor is None or tensor.shape != spec.shape:
+            if tensor is not None and tensor.shape != spec.shape:
+                tensor = _slot_with_vocabulary(tensor, weights.model, spec.shape)
+            if tensor is None:
+                logging.warning(
+                    "Adafactor starts afresh: %s has no %s of shape %s for %s", weights.path,
+                    match[2], spec.shape, match[3],
+                )  # fmt: skip
                 return None
             leaves.append(tensor)
-        elif last == "count":
-            value = weights.step if state in factored else 0
+        else:  # counts: of the second moments, and of the learning rate's schedule
+            value = weights.step if state in factored and last == "count" else 0
             leaves.append(tensors.of(np.full(spec.shape, value, spec.dtype)))
-        else:
-            return None
-    if not factored:
-        return None
+    logging.info("Adafactor's second moments are those of %s", weights.path)
     read = [_read(x, spec) for x, (_, spec) in zip(leaves, paths, strict=True)]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), read)
+
+
+def _slot_with_vocabulary(
+    tensor: Tensor, have: t5.T5Config, shape: tuple[int, ...]
+) -> Tensor | None:
+    """A slot whose vocabulary axis is cut or padded to `shape`, as its parameter is; else None."""
+    axes = [i for i, (m, n) in enumerate(zip(tensor.shape, shape, strict=False)) if m != n]
+    if len(tensor.shape) != len(shape) or len(axes) != 1:
+        return None
+    axis = axes[0]
+    if tensor.shape[axis] != have.vocab_size:
+        return None
+    return tensors.with_rows(tensor, shape[axis], fill=0, axis=axis)

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from distill import cache, checkpoints, data, decode, metrics, partitioning, t5
+from distill import cache, checkpoints, cluster, data, decode, metrics, partitioning, t5
 from distill import vocabulary as vocabulary_lib
 
 # The published code decodes 64 tokens. Where gold labels are longer (in bytes, say), so is this;
@@ -264,6 +264,7 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
     for folder in folders:
         metadata = checkpoints.read_metadata(folder)
         corpus, vocabulary = _corpus(config, metadata)
+        cluster.wait_for_all("data")  # a host may have tokenised for an hour
         net = t5.T5(t5.T5Config(**metadata["model"]), partitioning.activation_constraint(mesh))
         params, _ = checkpoints.restore(folder, abstract_params(net, mesh), subtree="params")
         scores = score_tasks(

@@ -6,6 +6,7 @@ by bit, and has to give the same logits; then the folder is renamed.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -25,12 +26,8 @@ from distill.formats.tensors import Tensor
 
 PyTree = Any
 
-# What belongs to a tokenizer in a folder of Hugging Face's.
-TOKENIZER_FILES = (
-    "spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
-)  # fmt: skip
-_SENTINELS = 100  # <extra_id_0> ... that T5's own vocabulary has after its pieces
+# <extra_id_0> ... behind the ids that mean something: T5 has 100, ByT5 125.
+_SENTINELS, _BYTE_SENTINELS = 100, 125
 
 
 def save_hugging_face(
@@ -39,6 +36,7 @@ def save_hugging_face(
     model: t5.T5Config,
     vocabulary: vocabulary_lib.Vocabulary | None = None,
     *,
+    tokenizer: epath.PathLike | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes config.json, generation_config.json, safetensors and the tokenizer's files.
@@ -48,7 +46,8 @@ def save_hugging_face(
       params: our tree of arrays, or a checkpoint that has not been read.
       model: the architecture.
       vocabulary: the tokenizer's files are made for it; None = no tokenizer.
-      max_shard_bytes: of one safetensors file; as much is held in memory.
+      tokenizer: a folder of Hugging Face's whose tokenizer is copied instead.
+      max_shard_bytes: of one safetensors file.
 
     Raises:
       FileExistsError: the folder holds something.
@@ -62,7 +61,11 @@ def save_hugging_face(
         hugging_face.write_safetensors(temporary, named, max_shard_bytes=max_shard_bytes)
         _write_json(temporary / hugging_face.CONFIG, config)
         _write_json(temporary / "generation_config.json", _generation_config())
-        if vocabulary is not None:
+        if tokenizer is not None:
+            for name in hugging_face.TOKENIZER:
+                if (file := epath.Path(tokenizer) / name).exists():
+                    (temporary / name).write_bytes(file.read_bytes())
+        elif vocabulary is not None:
             _write_tokenizer(temporary, vocabulary, model)
         _require_same(temporary, ours, model)
 
@@ -96,6 +99,8 @@ def save_t5x(
     ours = _tensors(params, model)
     folder = epath.Path(folder).expanduser()
     if folder.name != f"checkpoint_{step}":
+        if folder.name.startswith("checkpoint_"):
+            raise ValueError(f"{folder}: the checkpoint is of step {step}; name it accordingly")
         folder = folder / f"checkpoint_{step}"
     with _written_whole(folder) as temporary:
         named = convert.from_ours(ours, "t5x")
@@ -109,8 +114,11 @@ def save_ours(
 ) -> epath.Path:
     """Writes `checkpoint_<step>` of this project, to start from or to evaluate.
 
+    It is read back and compared like the others; its manifest, written last, is what makes it a
+    checkpoint, so there is no temporary folder.
+
     Args:
-      folder: local or gs://; gets the checkpoint.
+      folder: local or gs://, absent or empty; gets the checkpoint.
       weights: what to write.
       vocabulary: what evaluation shall load; None = what the weights say.
 
@@ -118,9 +126,11 @@ def save_ours(
       The checkpoint's folder.
 
     Raises:
-      FileExistsError: there is such a checkpoint.
+      FileExistsError: the folder holds something.
       ValueError: a file of the weights is damaged.
     """
+    folder = epath.Path(folder).expanduser()
+    _require_empty(folder)
     metadata = {
         "step": weights.step,
         "base_step": weights.step,
@@ -128,9 +138,12 @@ def save_ours(
         "vocabulary": vocabulary or weights.vocabulary,
         "converted_from": str(weights.path),
     }
+    params = convert.read_params(weights)
     with checkpoints.Checkpointer(folder, keep=None) as saver:
-        saver.save(weights.step, {"params": convert.read_params(weights)}, metadata)
-    return epath.Path(folder) / f"checkpoint_{weights.step}"
+        saver.save(weights.step, {"params": params}, metadata)
+    ours = {name: tensors.of(x) for name, x in t5x.flatten(params).items()}
+    _require_same(folder, ours, weights.model)
+    return folder / f"checkpoint_{weights.step}"
 
 
 # ---- whole or not at all ------------------------------------------------------------------------
@@ -139,11 +152,10 @@ def save_ours(
 @contextlib.contextmanager
 def _written_whole(folder: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a folder to write into, which takes its place once everything in it is right."""
-    folder = epath.Path(folder).expanduser()
     if "://" in os.fspath(folder):
         raise ValueError(f"{folder}: write to a local folder, and copy that")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another name")
+    folder = epath.Path(os.path.realpath(epath.Path(folder).expanduser()))  # behind a link
+    _require_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = epath.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -152,12 +164,19 @@ def _written_whole(folder: epath.PathLike) -> Iterator[epath.Path]:
         os.chmod(temporary, 0o777 & ~mask)
         for file in temporary.iterdir():
             os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~mask)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)  # takes the place of an empty folder
+        except OSError as error:
+            _require_empty(folder)  # another export was quicker
+            raise error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _require_empty(folder: epath.Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another name")
 
 
 def _umask() -> int:
@@ -170,6 +189,7 @@ def _tensors(params: PyTree | convert.Weights, model: t5.T5Config) -> dict[str, 
     """The parameters under our names, as float32, once they are known to be the model's."""
     if isinstance(params, convert.Weights):
         convert.require_fit(params, model)
+        convert.require_copies(params)
         found = params.tensors
     else:
         found = {name: tensors.of(np.asarray(x)) for name, x in t5x.flatten(params).items()}
@@ -188,14 +208,21 @@ def _require_same(
     folder: epath.Path, ours: Mapping[str, Tensor], model: t5.T5Config,
     slots: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Reads an export back: every array bit by bit, and the logits of the model it describes."""
+    """Reads an export back: every array bit by bit, and the logits of the model it describes.
+
+    T5X's files do not tell the activation, so there the logits show the other settings only.
+    """
     back = convert.open_weights(os.fspath(folder), slots=bool(slots))
+    if back.kind == convert.T5X:
+        back = dataclasses.replace(
+            back, model=dataclasses.replace(back.model, mlp_activations=model.mlp_activations)
+        )
     for name, want in (ours | dict(slots or {})).items():
         have = back.tensors.get(name) or back.slots.get(name)
         if have is None or have.whole().tobytes() != want.whole().tobytes():
             raise ValueError(f"{name} did not come back from {folder} as it was written")
-    want = _logits({name: x.whole() for name, x in ours.items()}, model)
-    have = _logits({name: x.whole() for name, x in back.tensors.items()}, back.model)
+    params = {name: x.whole() for name, x in back.tensors.items()}
+    want, have = (_logits(params, config) for config in (model, back.model))
     if not np.isfinite(want).all():
         logging.warning("The logits of this model are not all finite.")
     if not np.array_equal(want, have, equal_nan=True):
@@ -203,7 +230,7 @@ def _require_same(
 
 
 def _logits(params: dict[str, np.ndarray], model: t5.T5Config) -> np.ndarray:
-    """Logits [1, 6, vocab] of one short example with padding, in float32."""
+    """Logits [1, 6, vocab] of one short example with padding, in float32, on the host."""
     net = t5.T5(dataclasses.replace(model, dtype="float32", dropout_rate=0.0))
     ids = np.random.default_rng(0).integers(2, model.vocab_size, size=(1, 8), dtype=np.int32)
     ids[0, 6:] = 0
@@ -212,7 +239,13 @@ def _logits(params: dict[str, np.ndarray], model: t5.T5Config) -> np.ndarray:
         "decoder_input_tokens": ids[:, :6][:, ::-1].copy(),
         "decoder_target_tokens": ids[:, :6],
     }
-    return np.asarray(jax.jit(net.apply)({"params": t5x.nest(params)}, batch))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(_apply(net, t5x.nest(params), batch))
+
+
+@functools.partial(jax.jit, static_argnames="net")
+def _apply(net: t5.T5, params: PyTree, batch: dict[str, np.ndarray]) -> jax.Array:
+    return net.apply({"params": params}, batch)
 
 
 def _t5x_slots(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -280,14 +313,15 @@ def _write_tokenizer(
             f"{model.vocab_size}: it is not the model's."
         )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    # The sentinels of pre-training follow the pieces where the model has room for them.
-    sentinels = min(_SENTINELS, model.vocab_size - vocabulary.size) // _SENTINELS * _SENTINELS
+    # The sentinels of pre-training follow where the model has room for all of them.
+    room = model.vocab_size - vocabulary.size
     if vocabulary.spec == vocabulary_lib.BYTES:
-        settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": sentinels, **special}
+        settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": min(_BYTE_SENTINELS, room)}
     else:
+        sentinels = _SENTINELS if room >= _SENTINELS else 0
         settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": sentinels, "legacy": True}
-        settings |= special
         (folder / vocabulary_lib.SPIECE).write_bytes(epath.Path(vocabulary.path).read_bytes())
+    settings |= special
     _write_json(folder / "tokenizer_config.json", settings)
 
 

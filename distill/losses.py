@@ -1,5 +1,8 @@
 """Losses as pure functions of arrays; every one returns per-token values, none averages."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -59,3 +62,74 @@ def sum_by_group(values: Array, groups: Array, weights: Array, num_groups: int) 
     weights = weights.astype(jnp.float32)
     kept = jnp.where(weights > 0, values.astype(jnp.float32) * weights, 0.0)
     return jnp.stack([jnp.sum(jnp.where(groups == g, kept, 0.0)) for g in range(num_groups)])
+
+
+def sum_in_chunks(
+    fn: Callable[..., tuple[Array, Any]], states: Array, rest: tuple[Array, ...], chunk: int
+) -> tuple[Array, Any]:
+    """Sums `fn` over slices of the length, holding what it makes of one slice at a time.
+
+    With logits of [batch, length, vocab] that is most of the memory of a small model. Under
+    differentiation the gradient of a slice is taken as soon as the slice is computed, so nothing
+    is computed twice, as recomputation would; what is kept is the gradient of `states` and one
+    sum for each parameter that `fn` uses.
+
+    Args:
+      fn: (states, *rest) of a slice -> (scalar, tree of sums), both sums over tokens. It may close
+        over parameters. Where the last of `rest` is 0, a token adds nothing.
+      states: float [batch, length, embed]; the scalar is differentiated with respect to it.
+      rest: arrays [batch, length], not differentiated.
+      chunk: tokens of the length in a slice.
+
+    Returns:
+      What fn gives for all of it. The tree has no gradient.
+    """
+    length = states.shape[1]
+    count = -(-length // chunk)
+
+    def slices(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)])
+        return padded.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(slices, (states, *rest))
+    first = jax.tree.map(lambda x: x[0], parts)
+    fn, params = jax.closure_convert(fn, *first)  # what it closes over becomes an argument
+
+    def add(total: Any, value: Any) -> Any:
+        return jax.tree.map(jnp.add, total, value)
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
+
+    @jax.custom_vjp
+    def total(params, states, rest):
+        def step(value, part):
+            return add(value, fn(*part, *params)), None
+
+        shapes = jax.eval_shape(fn, *first, *params)
+        return jax.lax.scan(step, zeros(shapes), (states, *rest))[0]
+
+    def forward(params, states, rest):
+        def value_and_grad(part):
+            scalar, pullback, sums = jax.vjp(
+                lambda params, states: fn(states, *part[1:], *params), params, part[0], has_aux=True
+            )
+            d_params, d_states = pullback(jnp.ones_like(scalar))
+            return ((scalar, sums), d_params), d_states
+
+        def step(value, part):
+            sums, d_states = value_and_grad(part)
+            return add(value, sums), d_states
+
+        shapes = jax.eval_shape(value_and_grad, first)[0]
+        (value, d_params), d_states = jax.lax.scan(step, zeros(shapes), (states, *rest))
+        return value, (d_params, d_states)
+
+    def backward(grads, cotangent):
+        scale = cotangent[0]
+        d_params, d_states = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+        return d_params, d_states, None
+
+    total.defvjp(forward, backward)
+    value, sums = total(params, parts[0], parts[1:])
+    return value, jax.lax.stop_gradient(sums)

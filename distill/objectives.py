@@ -76,10 +76,12 @@ class Standard:
     Attributes:
       z_loss: see `losses.cross_entropy`.
       label_smoothing: see `losses.cross_entropy`.
+      logits_chunk: tokens of the length whose logits are held at a time; None = all.
     """
 
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
+    logits_chunk: int | None = None
 
     def __post_init__(self):
         _check(self)
@@ -113,11 +115,13 @@ class StepByStep:
       alpha: weight of the labels, in [0, 1]; the paper uses 0.5.
       z_loss: see `losses.cross_entropy`; weighted by group like the cross entropy.
       label_smoothing: see `losses.cross_entropy`.
+      logits_chunk: tokens of the length whose logits are held at a time; None = all.
     """
 
     alpha: float = 0.5
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
+    logits_chunk: int | None = None
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
@@ -153,6 +157,9 @@ def _check(objective: Objective) -> None:
             "label_smoothing (LABEL_SMOOTHING) must be in [0, 1), not "
             f"{objective.label_smoothing!r}."
         )
+    chunk = objective.logits_chunk
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"logits_chunk must be a positive integer or None, not {chunk!r}.")
 
 
 def _weighted_cross_entropy(objective: Objective, forward: Forward, batch: Batch, counts: Array):
@@ -171,17 +178,25 @@ def _weighted_cross_entropy(objective: Objective, forward: Forward, batch: Batch
     """
     targets = batch["decoder_target_tokens"]
     groups, weights = batch["decoder_loss_groups"], token_weights(batch)
-    logits = forward.unembed(forward.states(batch))
-    ce, z = losses.cross_entropy(
-        logits, targets, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing
-    )
-    correct = jnp.argmax(logits, axis=-1) == targets
-    sums = {
-        name: losses.sum_by_group(values, groups, weights, len(LOSS_GROUPS))
-        for name, values in (("cross_ent", ce), ("z", z), ("correct", correct))
-    }
     scale = jnp.asarray(objective.group_weights) / _or_one(counts)
-    return jnp.sum(scale * (sums["cross_ent"] + sums["z"])), sums
+
+    def part(states: Array, targets: Array, groups: Array, weights: Array):
+        logits = forward.unembed(states)
+        ce, z = losses.cross_entropy(
+            logits, targets, z_loss=objective.z_loss, label_smoothing=objective.label_smoothing
+        )
+        correct = jnp.argmax(logits, axis=-1) == targets
+        sums = {
+            name: losses.sum_by_group(values, groups, weights, len(LOSS_GROUPS))
+            for name, values in (("cross_ent", ce), ("z", z), ("correct", correct))
+        }
+        return jnp.sum(scale * (sums["cross_ent"] + sums["z"])), sums
+
+    states, rest = forward.states(batch), (targets, groups, weights)
+    chunk = objective.logits_chunk
+    if chunk is None or chunk >= targets.shape[1]:
+        return part(states, *rest)
+    return losses.sum_in_chunks(part, states, rest, chunk)
 
 
 def _or_one(counts: Array) -> Array:

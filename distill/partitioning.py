@@ -21,6 +21,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "joined_kv": ("tensor",),
     "embed": ("fsdp",),
     "length": (),
+    "stream_length": ("tensor",),
     "kv": (),
     "layers": (),
     "relpos_buckets": (),
@@ -175,6 +176,28 @@ def batch_shards(mesh: Mesh) -> int:
     return _shards(mesh, AXIS_RULES["batch"])
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of the rows of a batch this process reads: (number, of how many equal parts).
+
+    Processes whose devices hold the same rows, since `tensor` spans them, read the same part.
+
+    Raises:
+      ValueError: processes share some rows, but not all.
+    """
+    shards = batch_shards(mesh)
+    rows_of: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows_of.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    if sum(map(len, parts)) != shards or len(set(map(len, parts))) > 1:
+        raise ValueError(
+            f"The mesh {dict(mesh.shape)} gives the {len(rows_of)} processes overlapping rows of a "
+            "batch. Choose MeshConfig.tensor so that it divides the devices of a process, or is a "
+            "multiple of them."
+        )
+    return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
+
+
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global arrays on the mesh."""
     sharding = batch_sharding(mesh)
@@ -200,5 +223,13 @@ def gather(array: jax.Array) -> np.ndarray:
 def activation_constraint(mesh: Mesh):
     """The `constrain` of `t5.T5`: pins an activation to the mesh by its logical axis names."""
     if mesh.size == 1:
-        return lambda x, axes: x
-    return lambda x, axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+        return None
+
+    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        split = (
+            names if names and size % _shards(mesh, names) == 0 else None
+            for size, names in zip(x.shape, _mesh_axes(axes), strict=True)
+        )  # an axis that does not divide (one token of decoding) stays whole
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*split)))
+
+    return constrain

@@ -20,10 +20,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
-# (array, logical axis names) -> array; lets the partitioner pin activations to the mesh.
-Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+# (array, logical axis names) -> array; lets the partitioner pin activations to the mesh. None on
+# one device, where there is nothing to pin.
+Constrain = Callable[[Array, tuple[str | None, ...]], Array] | None
+
+# Axes of the residual stream, which is what the backward pass keeps most of.
+STREAM = ("batch", "stream_length", "embed")
 
 # Additive mask of the attention scores, as in T5X. Finite, so that a row of padding, which may
 # attend to nothing, gives a uniform softmax instead of NaN.
@@ -39,11 +44,17 @@ ACTIVATIONS = {
     "linear": lambda x: x,
 }
 
+# What the backward pass finds, beside the stream that enters a layer; the rest is recomputed.
+# Names and not "every product": they stand behind the constraints, so that slices are kept.
+_save = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
     "none": None,
-    # Keep the outputs of the weight products, recompute attention scores and everything else.
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # Keep only what enters a layer.
+    # The outputs of the weight products: attention scores and what is elementwise is recomputed.
+    "minimal": _save("query", "key", "value", "attention_out", "mlp_in"),
+    # Without the widest of them, the feed-forward block's.
+    "attention": _save("query", "key", "value", "attention_out"),
+    # Only what both halves of a layer add to the stream.
+    "out": _save("attention_out"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -65,7 +76,8 @@ class T5Config:
       mlp_activations: one name, or two for a gated block, such as `("gelu", "linear")`.
       dropout_rate: probability of dropping, in [0, 1).
       logits_via_embedding: True ties the logits to the embedding (T5 1.0).
-      remat_policy: what the backward pass may keep: `none` (everything), `minimal`, `full`.
+      remat_policy: what the backward pass recomputes: `none`, `minimal` (what is cheap),
+        `attention` (and the feed-forward block), `out` (and the attention), `full`.
     """
 
     vocab_size: int
@@ -114,9 +126,11 @@ class T5Config:
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def _unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
-    del axes
-    return x
+def _pin(constrain: Constrain, x: Array, axes: tuple[str | None, ...], name: str = "") -> Array:
+    """An activation on its slice of the mesh, under the name that REMAT_POLICIES know it by."""
+    if constrain is not None:
+        x = constrain(x, axes)
+    return checkpoint_name(x, name) if name else x
 
 
 def _kernel(module: nn.Module, name: str, shape, axes, init) -> Array:
@@ -145,16 +159,20 @@ class Dense(nn.Module):
       axes: logical names of the two axes of the kernel.
       kernel_init: initializer of the kernel [in, features].
       dtype: type of the product.
+      constrain: None on one device.
     """
 
     features: int
     axes: tuple[str, str]
     kernel_init: Callable
     dtype: Any
+    constrain: Constrain
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = _kernel(self, "kernel", (x.shape[-1], self.features), self.axes, self.kernel_init)
+        if self.constrain is not None:  # batch and length are split: as one axis they could not be
+            return x.astype(self.dtype) @ kernel.astype(self.dtype)
         # As one matrix product over all tokens: XLA:CPU computes the kernel's gradient, which
         # sums over batch and length, four times slower as a product over two axes (jax 0.10.2).
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
@@ -183,6 +201,7 @@ class Attention(nn.Module):
     """Multi-head attention with unscaled scores: 1 / sqrt(d) is folded into the query's init."""
 
     config: T5Config
+    constrain: Constrain
 
     def setup(self):
         cfg = self.config
@@ -193,18 +212,19 @@ class Attention(nn.Module):
             return init(*args) / np.sqrt(cfg.head_dim)
 
         into, out = ("embed", "joined_kv"), ("joined_kv", "embed")
-        self.query = Dense(width, into, query_init, dtype)
-        self.key = Dense(width, into, init, dtype)
-        self.value = Dense(width, into, init, dtype)
-        self.out = Dense(cfg.emb_dim, out, init, dtype)
+        self.query = Dense(width, into, query_init, dtype, self.constrain)
+        self.key = Dense(width, into, init, dtype, self.constrain)
+        self.value = Dense(width, into, init, dtype, self.constrain)
+        self.out = Dense(cfg.emb_dim, out, init, dtype, self.constrain)
         self.dropout = Dropout(cfg.dropout_rate)
 
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+    def _heads(self, x: Array, name: str) -> Array:
+        x = x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+        return _pin(self.constrain, x, ("batch", "length", "heads", "kv"), name)
 
     def keys_values(self, x: Array) -> tuple[Array, Array]:
         """[b, k, e] -> keys and values, each [b, k, h, d]."""
-        return self._heads(self.key(x)), self._heads(self.value(x))
+        return self._heads(self.key(x), "key"), self._heads(self.value(x), "value")
 
     def __call__(self, x: Array, kv: tuple[Array, Array], bias: Array) -> Array:
         """Attends from x [b, q, e] to kv ([b, k, h, d], [b, k, h, d]).
@@ -219,12 +239,13 @@ class Attention(nn.Module):
           [b, q, e] in the compute dtype.
         """
         keys, values = kv
-        query = self._heads(self.query(x))
+        query = self._heads(self.query(x), "query")
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores + bias).astype(values.dtype)
         weights = self.dropout(weights)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
-        return self.out(mixed.reshape(*mixed.shape[:-2], -1))
+        out = self.out(mixed.reshape(*mixed.shape[:-2], -1))
+        return _pin(self.constrain, out, STREAM, "attention_out")
 
 
 class MLP(nn.Module):
@@ -240,11 +261,16 @@ class MLP(nn.Module):
         hidden = 1
         for i, activation in enumerate(cfg.mlp_activations):
             name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
-            branch = Dense(cfg.mlp_dim, ("embed", "mlp"), init, cfg.compute_dtype, name=name)
-            hidden = hidden * ACTIVATIONS[activation](branch(x))
+            branch = Dense(
+                cfg.mlp_dim, ("embed", "mlp"), init, cfg.compute_dtype, self.constrain, name=name
+            )
+            wide = _pin(self.constrain, branch(x), ("batch", "length", "mlp"), "mlp_in")
+            hidden = hidden * ACTIVATIONS[activation](wide)
         hidden = Dropout(cfg.dropout_rate)(hidden)
-        hidden = self.constrain(hidden, ("batch", "length", "mlp"))
-        return Dense(cfg.emb_dim, ("mlp", "embed"), init, cfg.compute_dtype, name="wo")(hidden)
+        out = Dense(
+            cfg.emb_dim, ("mlp", "embed"), init, cfg.compute_dtype, self.constrain, name="wo"
+        )
+        return out(hidden)
 
 
 class EncoderLayer(nn.Module):
@@ -258,11 +284,11 @@ class EncoderLayer(nn.Module):
         cfg = self.config
         drop = Dropout(cfg.dropout_rate)
         y = RMSNorm(cfg.compute_dtype, name="pre_attention_layer_norm")(x)
-        attention = Attention(cfg, name="attention")
+        attention = Attention(cfg, self.constrain, name="attention")
         x = x + drop(attention(y, attention.keys_values(y), bias))
         y = RMSNorm(cfg.compute_dtype, name="pre_mlp_layer_norm")(x)
         x = x + drop(MLP(cfg, self.constrain, name="mlp")(y))
-        return self.constrain(x, ("batch", "length", "embed")), None
+        return _pin(self.constrain, x, STREAM), None
 
 
 class DecoderLayer(nn.Module):
@@ -274,9 +300,9 @@ class DecoderLayer(nn.Module):
     def setup(self):
         cfg = self.config
         self.pre_self_attention_layer_norm = RMSNorm(cfg.compute_dtype)
-        self.self_attention = Attention(cfg)
+        self.self_attention = Attention(cfg, self.constrain)
         self.pre_cross_attention_layer_norm = RMSNorm(cfg.compute_dtype)
-        self.encoder_decoder_attention = Attention(cfg)
+        self.encoder_decoder_attention = Attention(cfg, self.constrain)
         self.pre_mlp_layer_norm = RMSNorm(cfg.compute_dtype)
         self.mlp = MLP(cfg, self.constrain)
         self.drop = Dropout(cfg.dropout_rate)
@@ -322,7 +348,7 @@ class DecoderLayer(nn.Module):
         y = self.pre_cross_attention_layer_norm(x)
         x = x + self.drop(self.encoder_decoder_attention(y, cross, cross_bias))
         x = x + self.drop(self.mlp(self.pre_mlp_layer_norm(x)))
-        return self.constrain(x, ("batch", "length", "embed"))
+        return _pin(self.constrain, x, STREAM)
 
 
 def relative_position_buckets(offsets: Array, bidirectional: bool) -> Array:
@@ -438,7 +464,9 @@ class Decoder(nn.Module):
         self.drop = Dropout(cfg.dropout_rate)
         if not cfg.logits_via_embedding:
             init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-            self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), init, jnp.float32)
+            self.logits_dense = Dense(
+                cfg.vocab_size, ("embed", "vocab"), init, jnp.float32, self.constrain
+            )
 
     def __call__(self, embedded, encoded, self_mask, cross_mask) -> Array:
         """[b, q, e], [b, k, e], masks [b, 1, q, q] and [b, 1, q, k] -> states [b, q, e]."""
@@ -475,7 +503,7 @@ class T5(nn.Module):
     """
 
     config: T5Config
-    constrain: Constrain = _unconstrained
+    constrain: Constrain = None
 
     def setup(self):
         cfg = self.config
@@ -584,7 +612,7 @@ class T5(nn.Module):
         return self.unembed(states)[:, 0], new
 
     def _embed(self, tokens: Array) -> Array:
-        return self.constrain(self.token_embedder(tokens), ("batch", "length", "embed"))
+        return _pin(self.constrain, self.token_embedder(tokens), STREAM)
 
 
 class Embedder(nn.Module):

@@ -13,9 +13,7 @@ import functools
 import itertools
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from typing import Any
 
@@ -30,6 +28,7 @@ from tqdm import tqdm
 from distill import (
     cache,
     checkpoints,
+    cluster,
     convert,
     evaluate,
     objectives,
@@ -286,8 +285,13 @@ def train(
     validation, test = (_held_out(held_out, split, shards) for split in ("validation", "test"))
 
     # 2. The state: a checkpoint of this run, else the initial checkpoint, else random.
-    net = t5.T5(model, partitioning.activation_constraint(devices))
+    is_writer = jax.process_index() == 0
     folder = epath.Path(config.model_dir).expanduser()
+    if is_writer:
+        _write_model_info(folder, model)
+    cluster.wait_for_all("data")  # a host may have tokenised for an hour
+    _require_shared(folder)
+    net = t5.T5(model, partitioning.activation_constraint(devices))
     saver = checkpoints.Checkpointer(folder, keep=config.checkpoints_to_keep)
     initial, base_step, weights = _initial_params(config, saver, net, devices)
     last_step = config.train_steps
@@ -323,17 +327,16 @@ def train(
     )  # fmt: skip
     eval_fn = jax.jit(functools.partial(eval_step, net=net, objective=objective))
     replicated = partitioning.replicated(devices)
-    dropout_rng = jax.device_put(jax.random.key(config.random_seed), replicated)
+    # jit, since device_put reaches the devices of this process only.
+    dropout_rng = jax.jit(jax.random.key, out_shardings=replicated)(config.random_seed)
     examine = functools.partial(
         _evaluate, config=config, net=net, objective=objective, eval_fn=eval_fn,
         vocabulary=vocabulary, mesh=devices, row_lengths=batches.capacity,
     )  # fmt: skip
 
-    is_writer = jax.process_index() == 0
     period = config.stats_period or max(1, min(50, updates // 100))
     writer = MetricWriter(folder if is_writer else None)
     if is_writer:
-        _write_model_info(folder, model)
         print(_summary(corpus, batches, net, config, (start_step, last_step), num_microbatches))
 
     # 4. The loop. The metrics of a step are fetched after the next one is under way.
@@ -360,17 +363,17 @@ def train(
         saver.save(step, tree, metadata, metric)
 
     scores: list[evaluate.Score] = []
+    share, shares = partitioning.batch_share(devices)
     window = _Window(period, learning_rate, base_step)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     feed = batches.iterate(
-        data_lib.Position(**progress.position),
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+        data_lib.Position(**progress.position), process_index=share, process_count=shares
+    )
     bar = tqdm(
         total=last_step, initial=start_step, unit="step", dynamic_ncols=True,
         disable=not (is_writer and sys.stderr.isatty()),
     )  # fmt: skip
-    with bar, writer, saver, _preemption() as preempted:
+    with bar, writer, saver, cluster.preemption() as preempted:
         for step in range(start_step + 1, last_step + 1):
             batch = next(feed)
             arrays = partitioning.shard_batch(devices, batch.arrays)
@@ -389,7 +392,7 @@ def train(
             bar.update()
 
             is_last = step == last_step
-            stop = preempted.is_set()
+            stop = preempted(step)
             if window.is_full or is_last or stop:
                 window.add(*pending)
                 pending = None
@@ -406,7 +409,8 @@ def train(
                 window.restart()
             if stop:
                 saver.wait()
-                logging.warning("Preempted: step %d is saved; start again to go on.", step)
+                if is_writer:
+                    logging.warning("Preempted: step %d is saved; start again to go on.", step)
                 sys.exit(EXIT_PREEMPTED)
 
         # 5. The result.
@@ -561,12 +565,9 @@ def _initial_state(
         opt_state = None
         if weights is not None and weights.kind == convert.T5X:  # which goes on with them, too
             opt_state = convert.load_slots(weights, opt_abstract)
-            logging.info(
-                "Adafactor's second moments %s", "are restored" if opt_state else "start afresh"
-            )
         if opt_state is None:
             opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(initial)
-        step = jax.device_put(np.int32(base_step), replicated)
+        step = jax.jit(jnp.int32, out_shardings=replicated)(base_step)
         return TrainState(step, initial, opt_state), _Progress({"epoch": 0, "batch": 0})
 
     target = {
@@ -601,24 +602,21 @@ def _check_same_data(before: dict, now: dict, config: TrainConfig) -> None:
     logging.warning(message)
 
 
-@contextlib.contextmanager
-def _preemption():
-    """Yields an event that SIGTERM sets; a second SIGTERM ends the process at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # signals can only be handled in the main thread
-        return
+def _require_shared(folder: epath.Path) -> None:
+    """Raises ValueError where MODEL_DIR is not the folder that process 0 writes to.
 
-    def handle(signum, frame):
-        del frame
-        event.set()
-        signal.signal(signum, signal.SIG_DFL)
-
-    previous = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    Every process writes its part of a checkpoint; on disks of their own these parts would never
+    come together, which nobody would notice before the first restore.
+    """
+    deadline = time.monotonic() + 30  # a network file system may show new files late
+    while not (folder / "model-info.txt").exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"MODEL_DIR={folder} on process {jax.process_index()} is not the folder that "
+                "process 0 sees: what that wrote there is missing. Choose one that all hosts "
+                "share: gs:// or a network file system."
+            )
+        time.sleep(0.5)
 
 
 # --- What a run tells -----------------------------------------------------------------------------
@@ -750,10 +748,10 @@ def _evaluate(
 ) -> list[evaluate.Score]:  # fmt: skip
     """Loss under teacher forcing, and greedy accuracy, on a split; both written and shown."""
     corpus, total = held_out.corpus, None
+    share, shares = partitioning.batch_share(mesh)
     feed = held_out.batches.iterate(
-        data_lib.Position(), shuffle=False, epochs=1,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+        data_lib.Position(), shuffle=False, epochs=1, process_index=share, process_count=shares
+    )
     for batch in itertools.islice(feed, config.eval_steps):
         sums = eval_fn(params, partitioning.shard_batch(mesh, batch.arrays))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)

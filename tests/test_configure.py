@@ -383,7 +383,9 @@ def test_processes_need_each_other(library, monkeypatch):
         library.work,
         [*base, "--coordinator_address=h:1", "--process_count=2", "--process_index=1"],
     )
-    assert started == [(("h:1",), {"num_processes": 2, "process_id": 1})]
+    ((args, settings),) = started
+    assert not args and settings["coordinator_address"] == "h:1"
+    assert (settings["num_processes"], settings["process_id"]) == (2, 1)
     assert library.CALLS and "FOLDER = 'f'" in configure.operative_config()
 
 

@@ -311,6 +311,10 @@ SPOILED = {
     "not gated": ({"feed_forward_proj": "relu"}, None, "gated"),
     "another width": ({"d_model": 16}, None, "d_model=16, the arrays have 12"),
     "other heads": ({"num_heads": 4}, None, "num_heads=4, the arrays have 2"),
+    "activations as a list": ({"feed_forward_proj": ["relu"]}, None, "feed_forward_proj="),
+    "other epsilon": ({"layer_norm_epsilon": 1e-5}, None, "layer_norm_epsilon=1e-05"),
+    "another start": ({"decoder_start_token_id": 3}, None, "decoder_start_token_id=3"),
+    "other padding": ({"pad_token_id": 1}, None, "pad_token_id=1"),
     "other buckets": ({"relative_attention_num_buckets": 64}, None, "num_buckets=64"),
     "another end": ({"eos_token_id": 2}, None, "eos_token_id=2"),
 }  # fmt: skip
@@ -324,7 +328,7 @@ def test_each_wrong_folder_is_refused_by_name(tmp_path, case):
         spoil(arrays)
     path = write_hugging_face(tmp_path, arrays, CONFIG | changes)
     with pytest.raises(ValueError, match=message) as caught:
-        convert.open_weights(path)
+        convert.read_params(convert.open_weights(path))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -341,12 +345,46 @@ def test_truncated_safetensors(tmp_path):
 def test_what_is_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         convert.open_weights(str(tmp_path))
-    for path in (tmp_path / "absent", "gs:/typo/path", "../absent/folder"):
-        with pytest.raises(FileNotFoundError, match="No checkpoint at"):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        convert.open_weights(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="model.safetensors is a file: give its folder"):
+        convert.open_weights(str(tmp_path / "model.safetensors"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "tf_model.h5")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no weights"):
+        convert.open_weights(str(tmp_path))
+    for path in (tmp_path / "absent", "gs:/typo/path", "../absent/folder", "t5-small", ""):
+        with pytest.raises(FileNotFoundError, match="google-t5/t5-small"):
             convert.open_weights(str(path))
     monkeypatch.setattr(convert.hugging_face, "download", lambda *_, **__: tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="google/flan-t5-small"):
+    with pytest.raises(FileNotFoundError, match="No checkpoint at google/t5-none"):
         convert.open_weights("google/t5-none")
+
+
+@pytest.mark.parametrize(
+    "name,activations",
+    [("gated-silu", ("silu", "linear")), ("gated-relu", ("relu", "linear")), (None, None)],
+)
+def test_activations_of_hugging_face(tmp_path, name, activations):
+    config = {k: v for k, v in CONFIG.items() if k != "feed_forward_proj"}
+    config |= {"eos_token_id": [1]}  # newer files have lists
+    config |= {"feed_forward_proj": name} if name else {"model_type": "mt5"}  # its default
+    path = write_hugging_face(tmp_path, torch_arrays(MODEL), config)
+    weights = convert.open_weights(path)
+    assert weights.model.mlp_activations == (activations or ("gelu", "linear"))
+
+
+def test_the_newest_whoever_wrote_it(tmp_path):
+    """A MODEL_DIR that was T5X's, in which training went on."""
+    export.save_t5x(tmp_path, random_params(MODEL, 9), MODEL, 9)
+    for step, kind in ((8, convert.T5X), (10, convert.OURS)):
+        with checkpoints.Checkpointer(tmp_path, keep=None) as saver:
+            metadata = {"model": dataclasses.asdict(MODEL), "step": step}
+            saver.save(step, {"params": random_params(MODEL, step)}, metadata)
+        weights = convert.open_weights(str(tmp_path))
+        assert weights.kind == kind
+    assert_same_tree(convert.read_params(weights), random_params(MODEL, 10))
 
 
 def test_the_newest_of_a_folder_of_t5xs(tmp_path):
@@ -405,11 +443,11 @@ def abstract_weights(model, kind=convert.HUGGING_FACE):
 
 
 def released(name, **changes):
-    vocab, emb, heads, encoder, decoder, mlp = convert.RELEASED[name]
+    vocab, emb, heads, encoder, decoder, head_dim, mlp = convert.RELEASED[name]
     old = name.startswith("t5_1_0")
     sizes = dict(
         vocab_size=vocab, emb_dim=emb, num_heads=heads, num_encoder_layers=encoder,
-        num_decoder_layers=decoder, mlp_dim=mlp, logits_via_embedding=old,
+        num_decoder_layers=decoder, head_dim=head_dim, mlp_dim=mlp, logits_via_embedding=old,
         mlp_activations=("relu",) if old else ("gelu", "linear"),
     )  # fmt: skip
     return t5.T5Config(**sizes | changes)
@@ -434,6 +472,18 @@ def test_a_misfit_is_a_table_with_its_cause(have, want, lines):
         convert.load(abstract_weights(released(have)), released(want))
     for line in lines:
         assert re.search(line, str(caught.value)), (line, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(logits_via_embedding=True), dict(mlp_activations=("silu", "linear")),
+                dict(head_dim=32), dict(vocab_size=32200)],
+)  # fmt: skip
+def test_no_model_file_is_named_that_would_not_help(changes):
+    other = released("t5_1_1/small", **changes)
+    assert convert.released(other) is None
+    with pytest.raises(ValueError) as caught:
+        convert.require_fit(abstract_weights(other), released("t5_1_1/small"))
+    assert "t5_1_1/small.gin" not in str(caught.value) and "want" in str(caught.value)
 
 
 def test_a_misfit_that_shapes_do_not_show():
@@ -514,6 +564,21 @@ def test_each_device_reads_its_part(tmp_path, kind):
         assert sum(part <= 0.5 for part in largest) >= 2 * len(split)
 
 
+def test_what_several_devices_hold_is_read_once(tmp_path):
+    export.save_t5x(tmp_path, random_params(SHARDED), SHARDED)
+    weights = convert.open_weights(str(tmp_path))
+    name, reads = "encoder/layers/mlp/wo/kernel", []
+
+    def read(index, tensor=weights.tensors[name]):
+        reads.append(index)
+        return tensor.read(index)
+
+    weights.tensors[name] = dataclasses.replace(weights.tensors[name], read=read)
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=4, tensor=2))
+    convert.load(weights, SHARDED, evaluate.abstract_params(t5.T5(SHARDED), mesh))
+    assert len(reads) == 2  # 8 devices, two slices
+
+
 def test_half_precision_is_read_as_float32(tmp_path):
     arrays = torch_arrays(MODEL)
     for dtype in (jnp.bfloat16, np.float16):
@@ -574,6 +639,17 @@ def test_adafactors_state_goes_to_t5x_and_back(tmp_path):
             assert (np.asarray(have) == 0).all()
         else:
             np.testing.assert_array_equal(have, want, name)
+
+    # A vocabulary that is padded takes the slots along.
+    larger = dataclasses.replace(FACTORED, vocab_size=250)
+    abstract = jax.eval_shape(tx.init, t5.param_shapes(larger))
+    cut = {
+        partitioning.path_name(p): x
+        for p, x in jax.tree_util.tree_leaves_with_path(convert.load_slots(theirs, abstract))
+    }
+    full = {partitioning.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
+    name = next(n for n in full if n.endswith("v_col/token_embedder/embedding"))
+    np.testing.assert_array_equal(cut[name], full[name][:250])
 
     # Another optimizer, or one that factors otherwise, starts afresh.
     for other in (optim.AdamW(), optim.Adafactor(min_dim_size_to_factor=256)):

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -26,11 +27,10 @@ def write(kind, folder, weights):
     return folder
 
 
+# From Hugging Face's; both together have every step from one format to another.
 ROUTES = [
-    ("hugging_face", "ours", "t5x", "hugging_face"),
-    ("t5x", "hugging_face", "ours", "t5x"),
     ("ours", "t5x", "hugging_face", "ours"),
-    ("hugging_face", "t5x", "ours", "hugging_face"),
+    ("t5x", "ours", "hugging_face", "t5x"),
 ]
 
 
@@ -95,15 +95,16 @@ def test_shards(tmp_path):
     assert_same_tree(convert.read_params(weights), random_params(MODEL))
 
 
-def test_others_may_read_it(tmp_path):
-    old = os.umask(0o022)
+@pytest.mark.parametrize("mask,folder,file", [(0o022, 0o755, 0o644), (0o007, 0o770, 0o660)])
+def test_others_may_read_it(tmp_path, mask, folder, file):
+    old = os.umask(mask)
     try:
         export.save_hugging_face(tmp_path / "x", random_params(MODEL), MODEL)
     finally:
         os.umask(old)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == folder
     for path in (tmp_path / "x").iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o644, path
+        assert stat.S_IMODE(path.stat().st_mode) == file, path
 
 
 # ---- whole or not at all ------------------------------------------------------------------------
@@ -120,6 +121,10 @@ def test_what_exists_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="is not an empty folder"):
         export.save_t5x(tmp_path / "y", params, MODEL, 2)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        export.save_ours(tmp_path / "x", convert.open_weights(str(tmp_path / "y")))
+    with pytest.raises(ValueError, match="is of step 2"):
+        export.save_t5x(tmp_path / "checkpoint_3", params, MODEL, 2)
     with pytest.raises(ValueError, match="local folder"):
         export.save_hugging_face("gs://bucket/x", params, MODEL)
 
@@ -149,6 +154,29 @@ def test_an_export_that_reads_back_otherwise_is_thrown_away(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_that_is_quicker_stays(tmp_path, monkeypatch):
+    """Two of one name: nothing of the first is lost, the second is told."""
+    params, same = random_params(MODEL), export._require_same
+
+    def meanwhile(*arguments):
+        same(*arguments)
+        monkeypatch.undo()
+        export.save_hugging_face(tmp_path / "x", params, MODEL)
+
+    monkeypatch.setattr(export, "_require_same", meanwhile)
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        export.save_hugging_face(tmp_path / "x", random_params(MODEL, 1), MODEL)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert_same_tree(convert.read_params(convert.open_weights(str(tmp_path / "x"))), params)
+
+
+def test_a_link_to_an_empty_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export.save_hugging_face(tmp_path / "link", random_params(MODEL), MODEL)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").exists()
+
+
 def test_parameters_that_are_not_the_models(tmp_path):
     with pytest.raises(ValueError, match="decoder/layers/mlp/wi/kernel"):
         export.save_hugging_face(tmp_path / "x", random_params(OLD), MODEL)
@@ -169,6 +197,7 @@ def test_the_tokenizer_goes_with_it(tmp_path):
     )
     settings = json.loads((tmp_path / "bytes" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "ByT5Tokenizer"
+    assert settings["extra_ids"] == 125  # 384 ids in all, as the released ones
     assert convert.open_weights(str(tmp_path / "bytes")).vocabulary == "bytes"
 
 
@@ -201,5 +230,52 @@ def test_the_command(tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     code, output = command(str(tmp_path / "ours"), str(tmp_path / "back"))
     assert code == 2 and "is not an empty folder" in output and "Traceback" not in output, output
-    code, output = command(str(tmp_path / "hf"))
-    assert code == 2 and "FROM and TO" in output
+
+
+def test_the_command_to_t5x_and_from_it(tmp_path, shared):
+    source = shared / "fixtures/t5x_tiny/checkpoint_dir"
+    code, output = command("--to=t5x", str(source), str(tmp_path / "t5x"))
+    assert code == 0 and "with Adafactor's second moments" in output, output
+    assert convert.open_weights(str(tmp_path / "t5x"), slots=True).slots
+    code, output = command("--to=hugging_face", "--vocabulary=bytes",
+                           "--mlp_activations=silu,linear", str(tmp_path / "t5x"),
+                           str(tmp_path / "hf"))  # fmt: skip
+    assert code == 0, output
+    assert "is assumed" not in output
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["feed_forward_proj"] == "gated-silu"
+    assert (tmp_path / "hf" / "tokenizer_config.json").exists()
+    # From one folder of Hugging Face's to another, the tokenizer goes along.
+    (tmp_path / "hf" / "tokenizer.json").write_text('{"some": "tokenizer"}')
+    code, output = command("--to=hugging_face", str(tmp_path / "hf"), str(tmp_path / "hf2"))
+    assert code == 0 and (tmp_path / "hf2" / "tokenizer.json").exists(), output
+
+
+def test_a_command_that_is_stopped_leaves_nothing(tmp_path):
+    export.save_hugging_face(tmp_path / "hf", random_params(MODEL), MODEL)
+    arguments = [sys.executable, os.path.join(ROOT, "scripts", "convert_checkpoint.py"),
+                 "--to=t5x", str(tmp_path / "hf"), str(tmp_path / "out")]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(arguments, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").glob(".checkpoint_0.*")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [(["only"], "FROM and TO"), (["/absent/x", "y"], "No checkpoint at"),
+     (["--mlp_activations=relu", "hf", "y"], "is for T5X")],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(tmp_path, arguments, message):
+    export.save_hugging_face(tmp_path / "hf", random_params(MODEL), MODEL)
+    arguments = [str(tmp_path / x) if x in ("hf", "y") else x for x in arguments]
+    code, output = command(*arguments)
+    assert code == 2 and message in output and "Traceback" not in output, output

@@ -53,3 +53,51 @@ def test_sum_by_group_counts_real_tokens_once():
     groups = jnp.array([[0, 1, 1], [0, 0, 1]])
     weights = jnp.array([[1, 1, 1], [1, 0, 0]])  # padding may hold anything
     np.testing.assert_array_equal(losses.sum_by_group(values, groups, weights, 2), [9.0, 6.0])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 8, 20])
+def test_sum_in_chunks_is_the_sum_and_its_gradient(chunk):
+    """Against the same without slices: values, and the gradients of states and of a closed-over."""
+    rng = np.random.default_rng(0)
+    states = jnp.asarray(rng.normal(size=(3, 8, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(4, 11)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 11, (3, 8)))
+    weights = jnp.asarray(rng.integers(0, 3, (3, 8)), jnp.float32)
+
+    def total(kernel, states, chunk=None):
+        def part(states, targets, weights):
+            ce, _ = losses.cross_entropy(states @ kernel, targets)
+            return 0.3 * jnp.sum(ce * weights), {"weights": jnp.sum(weights)}
+
+        rest = (targets, weights)
+        if chunk is None:
+            return part(states, *rest)
+        return losses.sum_in_chunks(part, states, rest, chunk)
+
+    def with_gradient(chunk):
+        fn = jax.value_and_grad(lambda *x: total(*x, chunk), argnums=(0, 1), has_aux=True)
+        return jax.jit(fn)(kernel, states)
+
+    (want, sums), want_grads = with_gradient(None)
+    (got, got_sums), got_grads = with_gradient(chunk)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(got_sums["weights"], sums["weights"])
+    for got, want in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total(kernel, states, chunk)[0], total(kernel, states)[0], rtol=1e-6)
+
+
+def test_sum_in_chunks_holds_one_slice_of_the_logits():
+    states, kernel = jnp.ones((2, 64, 4)), jnp.ones((4, 1000))
+    rest = (jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64)))
+
+    def loss(kernel, states):
+        def part(states, targets, weights):
+            ce, _ = losses.cross_entropy(states @ kernel, targets)
+            return jnp.sum(ce * weights), ()
+
+        return losses.sum_in_chunks(part, states, rest, 8)[0]
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(kernel, states).compile()
+    one_slice, all_slices = 2 * 8 * 1000 * 4, 2 * 64 * 1000 * 4  # bytes
+    assert one_slice < compiled.memory_analysis().temp_size_in_bytes < all_slices

@@ -17,6 +17,7 @@ FLOORS = {
     "packing": 0,
     "metrics": 0,
     "vocabulary": 0,
+    "cluster": 0,
     "t5": 1,
     "partitioning": 1,
     "optim": 1,

@@ -32,6 +32,7 @@ _ORBAX = "state"
 _ORBAX_TREE = "_METADATA"
 _STATES = "param_states"
 _CHUNK = 64 << 20  # bytes
+_CACHE = 512 << 20  # bytes of decoded chunks that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Checkpoint:
 def is_t5x(folder: epath.PathLike) -> bool:
     """Whether a folder looks like one T5X checkpoint."""
     folder = epath.Path(folder)
-    return (folder / _FILE).exists() or (folder / _ORBAX / _ORBAX_TREE).exists()
+    return (folder / _FILE).is_file() or (folder / _ORBAX / _ORBAX_TREE).exists()
 
 
 def open_checkpoint(folder: epath.PathLike, *, slots: bool = False) -> Checkpoint:
@@ -233,11 +234,12 @@ def _tensors(
     folder: epath.Path, leaves: Mapping[tuple[str, str], Any], database: bool
 ) -> dict[tuple[str, str], Tensor]:
     """Opens the arrays of (kind, name), all at once."""
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
     stored = {}
     for (kind, name), leaf in leaves.items():
         if isinstance(leaf, str) or _is_spec(leaf):
             spec = _zarr(folder, f"{kind}/{name}".replace("/", "."), database)
-            stored[kind, name] = ts.open(spec, open=True, read=True)
+            stored[kind, name] = ts.open(spec, open=True, read=True, context=context)
     result = {}
     for key, leaf in leaves.items():
         name = key[1]
@@ -284,5 +286,9 @@ def _zarr(folder: epath.Path, name: str, database: bool = False) -> dict[str, An
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     else:
         kvstore = {**base, "path": f"{base['path']}{name}/"}
-    # Without the last option a missing chunk reads as zeros.
-    return {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+    # Without fill_missing_data_reads a missing chunk reads as zeros. A chunk in the cache is not
+    # looked for again: several devices read their parts of it.
+    return {
+        "driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False,
+        "recheck_cached_data": "open",
+    }  # fmt: skip
