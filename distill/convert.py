@@ -487,13 +487,14 @@ def _open_hugging_face(folder: epath.Path, read_bin: bool) -> Weights:
                 found["shared.weight"] = found.pop(alias)
         activations = _activations(config)
         head = "lm_head/kernel" if opened.flax else "lm_head.weight"
+        shared = "shared/embedding" if opened.flax else "shared.weight"
+        if shared not in found:
+            raise ValueError(f"{shared}, the embedding, is missing")
         scaled = kind == "t5" and config.get(
             "scale_decoder_outputs", config.get("tie_word_embeddings") is not False
         )
         if scaled and head in found:
-            own, shared = found.pop(head), "shared/embedding" if opened.flax else "shared.weight"
-            if opened.flax:
-                own = tensors.transposed(own)
+            own = tensors.transposed(found.pop(head)) if opened.flax else found.pop(head)
             copies.append((head, own, shared, found[shared]))
         elif not scaled and head not in found:
             if config.get("tie_word_embeddings") is False:
@@ -502,8 +503,7 @@ def _open_hugging_face(folder: epath.Path, read_bin: bool) -> Weights:
                     "(tie_word_embeddings is false)"
                 )
             # transformers 5 writes such files: one array where both are equal.
-            embedding = found["shared/embedding" if opened.flax else "shared.weight"]
-            found[head] = tensors.transposed(embedding) if opened.flax else embedding
+            found[head] = tensors.transposed(found[shared]) if opened.flax else found[shared]
             notes.append("the logits' weights are those of the embedding, as config.json says")
         ours = to_ours(found, form)
         model = _architecture(ours, activations)

@@ -283,6 +283,9 @@ WO = "decoder.block.1.layer.2.DenseReluDense.wo.weight"
 BIAS = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 SPOILED = {
     "tensor missing": ({}, _without(WO), WO),
+    "embedding missing": ({}, _without("shared.weight"), "shared.weight"),
+    "embedding missing, tied": (OLD_CONFIG | {"feed_forward_proj": "gated-gelu"},
+                                _without("shared.weight"), "shared.weight"),
     "layer missing": ({}, lambda a: [a.pop(n) for n in list(a) if "decoder.block.1." in n],
                       "decoder has no layers 1"),
     "norm missing": ({}, _without("encoder.final_layer_norm.weight"), "encoder.final_layer_norm"),
