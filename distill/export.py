@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -157,8 +158,9 @@ def _written_whole(folder: epath.PathLike) -> Iterator[epath.Path]:
     folder = epath.Path(os.path.realpath(epath.Path(folder).expanduser()))  # behind a link
     _require_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = epath.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = None
     try:
+        temporary = epath.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
         mask = _umask()  # mkdtemp and safetensors make things private
         os.chmod(temporary, 0o777 & ~mask)
@@ -170,7 +172,11 @@ def _written_whole(folder: epath.PathLike) -> Iterator[epath.Path]:
             _require_empty(folder)  # another export was quicker
             raise error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # A write of tensorstore goes on in its threads, and makes the folder again.
+        deadline = time.monotonic() + 10
+        while temporary is not None and temporary.exists() and time.monotonic() < deadline:
+            shutil.rmtree(temporary, ignore_errors=True)
+            time.sleep(0.5)
         raise
 
 
