@@ -182,6 +182,7 @@ def test_sigterm_to_one_stops_all_at_one_step(place, processes):
         assert len(list(split.glob("[0-9a-f]*"))) == 1 and not list(split.glob(".*"))
 
 
+@pytest.mark.slow
 def test_supervised_run_comes_back_and_ends_as_one_process_would(place, processes):
     """Resumes; one process is killed; the losses are those of 1 process with all the devices."""
     folder = place / "two"
