@@ -213,6 +213,7 @@ def test_supervised_run_comes_back_and_ends_as_one_process_would(place, processe
     assert [c.name for c in checkpoints.list_checkpoints(folder)][-1] == f"checkpoint_{STEPS}"
 
 
+@pytest.mark.slow  # of what the one before it trained
 def test_evaluation_by_two_writes_what_one_does(place, processes):
     if newest(place / "one") != STEPS:
         pytest.skip("the test before this one left no checkpoint")
