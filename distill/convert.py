@@ -32,7 +32,7 @@ from distill.formats.tensors import Tensor
 PyTree = Any
 
 LAYER = "{i}"  # stands for the layer's index in the other formats' names
-OURS, T5X, HUGGING_FACE = "ours", "T5X", "Hugging Face"
+OURS, T5X, HUGGING_FACE = "this project", "T5X", "Hugging Face"
 _BLOCK = 64 << 20  # bytes compared at a time
 VOCAB_MULTIPLE = 128  # embeddings are padded to a multiple of it
 
@@ -235,7 +235,9 @@ def _depth(found: Mapping[str, Any], stack: str, form: str) -> int:
     indices = {int(match[1]) for name in found if (match := pattern.match(name))}
     missing = sorted(set(range(max(indices, default=0))) - indices)
     if missing:
-        raise ValueError(f"{stack} has no layers {_some(missing)} below layer {max(indices)}")
+        raise ValueError(
+            f"{stack} has no layers {tensors.some(missing)} below layer {max(indices)}"
+        )
     return max(len(indices), 1)
 
 
@@ -269,15 +271,9 @@ def _require_names(have: Iterable[str], names: Mapping[Row, list[str]]) -> None:
     if missing or unexpected:
         raise ValueError(
             "these are not the parameters of a T5: "
-            f"{len(missing)} missing: {_some(missing)}; "
-            f"{len(unexpected)} unexpected: {_some(unexpected)}"
+            f"{len(missing)} missing: {tensors.some(missing)}; "
+            f"{len(unexpected)} unexpected: {tensors.some(unexpected)}"
         )
-
-
-def _some(items: list[Any], most: int = 20) -> str:
-    """Joins items for an error message, at most 20 of them, each shortened."""
-    text = ", ".join(str(item)[:120] for item in items[:most]) or "none"
-    return text + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 # ---- opening ------------------------------------------------------------------------------------
@@ -347,8 +343,7 @@ def open_weights(path: str, *, slots: bool = False, read_bin: bool = False) -> W
         for child in folder.iterdir()
         if (match := re.fullmatch(r"checkpoint_([0-9]+)", child.name)) and child.is_dir()
     }
-    known = (hugging_face.CONFIG, *hugging_face.WEIGHTS)  # one is enough for a message about it
-    if not steps and any((folder / name).exists() for name in known):
+    if not steps and hugging_face.is_hugging_face(folder):
         return _open_hugging_face(folder, read_bin)
     theirs = {step: child for child, step in steps.items() if t5x.is_t5x(child)}
     newest = max(theirs, default=-1)
@@ -676,7 +671,7 @@ def require_fit(weights: Weights, model: t5.T5Config) -> None:
       ValueError: they differ; the message has a want/have table and the likely reason.
     """
     have = weights.model
-    differ = _differences(have, model)
+    differ = differences(have, model)
     gated = [len(config.mlp_activations) == 2 for config in (have, model)]
     if weights.kind == T5X and gated[0] == gated[1] and "mlp_activations" in differ:
         differ.remove("mlp_activations")  # its files do not tell which
@@ -696,7 +691,7 @@ def require_fit(weights: Weights, model: t5.T5Config) -> None:
 
 def released(model: t5.T5Config) -> str | None:
     """The model file that a released T5 of this architecture has ("t5_1_1/base"), or None."""
-    return next((name for name in RELEASED if not _differences(model, released_config(name))), None)
+    return next((name for name in RELEASED if not differences(model, released_config(name))), None)
 
 
 def released_config(name: str) -> t5.T5Config:
@@ -710,7 +705,7 @@ def released_config(name: str) -> t5.T5Config:
     )  # fmt: skip
 
 
-def _differences(one: t5.T5Config, other: t5.T5Config) -> list[str]:
+def differences(one: t5.T5Config, other: t5.T5Config) -> list[str]:
     """The fields in which two architectures differ; padding of the vocabulary is none."""
     differ = [field for field in ARCHITECTURE if getattr(one, field) != getattr(other, field)]
     return [field for field in differ if field != "vocab_size" or _padded(one) != _padded(other)]

@@ -293,7 +293,8 @@ def train(
     _require_shared(folder)
     net = t5.T5(model, partitioning.activation_constraint(devices))
     saver = checkpoints.Checkpointer(folder, keep=config.checkpoints_to_keep)
-    initial, base_step, weights = _initial_params(config, saver, net, devices)
+    slots = isinstance(optimizer, optim.Adafactor)
+    initial, base_step, weights = _initial_params(config, saver, net, devices, slots)
     last_step = config.train_steps
     if config.train_steps_relative is not None:
         last_step = base_step + config.train_steps_relative
@@ -505,7 +506,7 @@ def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
 
 
 def _initial_params(
-    config: TrainConfig, saver: checkpoints.Checkpointer, net: t5.T5, mesh
+    config: TrainConfig, saver: checkpoints.Checkpointer, net: t5.T5, mesh, slots: bool
 ) -> tuple[Any, int, convert.Weights | None]:
     """Parameters to start from, sharded, the global step they stand for, and where they are from.
 
@@ -535,7 +536,7 @@ def _initial_params(
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(lambda key: t5.init_params(net.config, key), out_shardings=shardings)
         return init(jax.random.key(config.random_seed)), 0, None
-    weights = convert.open_weights(path, slots=True)
+    weights = convert.open_weights(path, slots=slots)  # a thousand files of T5X's
     logging.info("Starting from %s (%s), step %d", weights.path, weights.kind, weights.step)
     return convert.load(weights, net.config, abstract), weights.step, weights
 

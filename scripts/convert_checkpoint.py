@@ -8,7 +8,7 @@ FROM is a MODEL_DIR or one checkpoint of this project or of T5X (of several the 
 folder in Hugging Face's format, or a model's id on its hub. What it is, is found out. TO is a
 folder that does not exist yet. Training takes any FROM as INITIAL_CHECKPOINT_PATH directly.
 
-The result is read back before it gets its name: every array bit by bit, and the logits.
+The result is read back: every array bit by bit, and the logits.
 """
 
 import dataclasses
@@ -35,9 +35,6 @@ _READ_BIN = flags.DEFINE_bool(
 )
 
 
-_KINDS = {convert.OURS: "this project"}
-
-
 def run(argv):
     if len(argv) != 3:
         raise ValueError(f"give FROM and TO, two arguments, not {len(argv) - 1}; see --help")
@@ -58,7 +55,7 @@ def convert_checkpoint(source: str, destination: str) -> None:
         weights = dataclasses.replace(weights, model=model, notes=())
     name = convert.released(weights.model)
     print(
-        f"{weights.path}: {_KINDS.get(weights.kind, weights.kind)}, step {weights.step:,}, "
+        f"{weights.path}: {weights.kind}, step {weights.step:,}, "
         f"{t5.param_count(weights.model):,} parameters" + (f", {name}" if name else "")
     )
     for note in weights.notes:

@@ -332,7 +332,7 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="config.json is missing"):
         hugging_face.open_folder(tmp_path)
     make_folder(tmp_path)
-    assert not hugging_face.is_hugging_face(tmp_path)
+    assert hugging_face.is_hugging_face(tmp_path)
     with pytest.raises(ValueError, match="no weights: none of model.safetensors, "):
         hugging_face.open_folder(tmp_path)
 

@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -28,7 +28,7 @@ import safetensors.numpy
 from etils import epath
 
 from distill.formats import msgpack_file
-from distill.formats.tensors import Index, Tensor
+from distill.formats.tensors import Index, Tensor, some
 
 CONFIG = "config.json"
 SAFETENSORS, MSGPACK, BIN = "model.safetensors", "flax_model.msgpack", "pytorch_model.bin"
@@ -81,9 +81,11 @@ class Folder:
 
 
 def is_hugging_face(folder: epath.PathLike) -> bool:
-    """Whether a folder holds `config.json` and weights under one of their known names."""
-    folder = epath.Path(folder)
-    return (folder / CONFIG).exists() and any((folder / name).exists() for name in WEIGHTS)
+    """Whether a folder looks like one: `config.json`, or weights under one of their known names.
+
+    Either is enough for `open_folder` to say what is missing.
+    """
+    return any((epath.Path(folder) / name).exists() for name in (CONFIG, *WEIGHTS))
 
 
 def open_folder(folder: epath.PathLike, *, read_bin: bool = False) -> Folder:
@@ -119,8 +121,8 @@ def open_folder(folder: epath.PathLike, *, read_bin: bool = False) -> Folder:
             if promised != part.keys():
                 raise ValueError(
                     f"{folder / file} and {found} disagree: "
-                    f"missing {_some(promised - part.keys())}; "
-                    f"unexpected {_some(part.keys() - promised)}"
+                    f"missing {some(promised - part.keys())}; "
+                    f"unexpected {some(part.keys() - promised)}"
                 )
         tensors.update(part)
     if flax:  # joined with dots in safetensors
@@ -164,7 +166,7 @@ def write_safetensors(
     for name, tensor in tensors.items():
         _require_harmless(folder, name, tensor)
         if tensor.dtype not in _DTYPES.values():
-            raise ValueError(f"{name} is {tensor.dtype}, which is none of {_some(_DTYPES)}")
+            raise ValueError(f"{name} is {tensor.dtype}, which is none of {some(_DTYPES)}")
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
     size = 0
@@ -330,12 +332,6 @@ def _require_harmless(file: epath.Path, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{file}: {name[:250]!r} is not a tensor's name")
     if len(tensor.shape) > 32 or math.prod(max(n, 1) for n in tensor.shape) >= 2**59:
         raise ValueError(f"{file}: {name} has the impossible shape {tensor.shape}")
-
-
-def _some(names: Collection[str]) -> str:
-    """Joins names for an error message, at most 20, each shortened."""
-    text = ", ".join(name[:200] for name in sorted(names)[:20]) or "none"
-    return text + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 # ---- one file -----------------------------------------------------------------------------------

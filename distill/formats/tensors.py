@@ -1,7 +1,7 @@
 """Arrays in files that have not been read yet, and what can be made of them without reading."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -120,3 +120,9 @@ def with_rows(tensor: Tensor, rows: int, fill: int, axis: int = 0) -> Tensor:
         return np.concatenate(parts, axis)
 
     return Tensor(shape, tensor.dtype, read)
+
+
+def some(names: Collection[object], most: int = 20) -> str:
+    """Joins names for an error message: at most 20 of them, sorted, each shortened."""
+    text = ", ".join(str(name)[:200] for name in sorted(names)[:most]) or "none"
+    return text + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -14,16 +14,7 @@ fi
 # NCCL chooses well by itself; with WARN it says why where it fails.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# run COMMAND...: runs it; under DRY_RUN prints it instead, ready to be pasted.
-run() {
-  if [[ -z "${DRY_RUN:-}" ]]; then "$@"; return; fi
-  local word line=()
-  for word in "$@"; do
-    [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="${word@Q}"
-    line+=("$word")
-  done
-  echo "${line[*]}"
-}
+source scripts/_run.sh
 
 # Prints what is exported above, where nothing is run.
 show_environment() {

@@ -48,16 +48,7 @@ need() {
   exit 2
 }
 
-# run COMMAND...: runs it; under DRY_RUN prints it instead, ready to be pasted.
-run() {
-  if [[ -z "$DRY_RUN" ]]; then "$@"; return; fi
-  local word line=()
-  for word in "$@"; do
-    [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="${word@Q}"
-    line+=("$word")
-  done
-  echo "${line[*]}"
-}
+source "$(dirname "${BASH_SOURCE[0]}")/../_run.sh"
 
 queued() { run gcloud compute tpus queued-resources "$1" "$TPU_NAME" "${@:2}" "${WHERE[@]}"; }
 
