@@ -244,6 +244,8 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(scores + bias).astype(values.dtype)
         weights = self.dropout(weights)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+        # Pinned for its gradient: from the stream's slices of the length XLA would move all scores.
+        mixed = _pin(self.constrain, mixed, ("batch", "length", "heads", "kv"))
         out = self.out(mixed.reshape(*mixed.shape[:-2], -1))
         return _pin(self.constrain, out, STREAM, "attention_out")
 
@@ -560,8 +562,10 @@ class T5(nn.Module):
         """States [..., e] -> float32 logits [..., v]."""
         states = states.astype(jnp.float32)
         if self.config.logits_via_embedding:
-            return self.token_embedder.attend(states) / np.sqrt(self.config.emb_dim)
-        return self.decoder.logits_dense(states)
+            logits = self.token_embedder.attend(states) / np.sqrt(self.config.emb_dim)
+        else:
+            logits = self.decoder.logits_dense(states)
+        return _pin(self.constrain, logits, ("batch", *["length"] * (logits.ndim - 2), "vocab"))
 
     def states(self, batch: dict[str, Array]) -> Array:
         """Decoder states [b, q, e] of a batch under T5X's batch keys."""
