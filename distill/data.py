@@ -219,10 +219,13 @@ class TrainBatches:
         return other
 
     def _require_multiple(self, row_multiple: int) -> None:
-        if self.config.pairs_per_step is None and self.config.batch_size % row_multiple:
+        rows = self.config.batch_size
+        if self.config.pairs_per_step is None and rows % row_multiple:
+            less = rows // row_multiple * row_multiple
+            fits = f"{less} or {less + row_multiple}" if less else f"{row_multiple}"
             raise ValueError(
-                f"BATCH_SIZE={self.config.batch_size} rows do not divide by {row_multiple} (data "
-                "and fsdp devices x micro-batches). Choose a multiple, or set PAIRS_PER_STEP."
+                f"BATCH_SIZE={rows} rows do not divide by {row_multiple} (data and fsdp devices x "
+                f"micro-batches): {fits} would do, or set PAIRS_PER_STEP."
             )
 
     # --- Pairs

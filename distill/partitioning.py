@@ -7,10 +7,13 @@ slices) and `tensor` (heads, feed-forward and vocabulary). One mesh axis serves 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS_RULES: dict[str, tuple[str, ...]] = {
@@ -53,21 +56,92 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """Builds the mesh over all devices, or over those given.
 
+    Devices of one slice (a TPU slice, a GPU node, an NVLink domain) talk faster than slices do, so
+    slices are outermost: `data` goes over them first, then `fsdp`, and `tensor` never. `fsdp` over
+    slices is allowed, with a warning, since a model may need the memory of all of them.
+
+    Args:
+      config: sizes of the axes.
+      devices: None = all devices of all processes.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `tensor` does not fit into
+        a slice; names sizes that do.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = dict(dataclasses.asdict(config))
-    fixed = int(np.prod([s for s in sizes.values() if s != -1]))
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(s for s in sizes.values() if s != -1)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
-        raise ValueError(
-            f"A mesh of {sizes} needs "
-            f"{'a multiple of ' if -1 in sizes.values() else ''}{fixed} devices; there are "
-            f"{len(devices)}. Set --gin.MeshConfig.data / fsdp / tensor to match."
-        )
+        raise ValueError(_misfit(sizes, len(devices)))
     shape = tuple(len(devices) // fixed if s == -1 else s for s in sizes.values())
-    # Auto: under Explicit axes, the default of make_mesh, most linen layers fail.
-    return jax.make_mesh(shape, tuple(sizes), (AxisType.Auto,) * len(shape), devices=devices)
+    # Auto: under Explicit axes, the default of jax.make_mesh, most linen layers fail.
+    return Mesh(_arrange(shape, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _choice(numbers: list[int]) -> str:
+    """`1, 2 or 4`."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _misfit(sizes: dict[str, int], count: int) -> str:
+    """Why sizes do not fit the number of devices, and which would."""
+    rest, fixed = -1 in sizes.values(), math.prod(s for s in sizes.values() if s != -1)
+    ways = []
+    for axis, size in sizes.items():
+        others = fixed // size
+        if size != -1 and count % others == 0:
+            fits = _divisors(count // others) if rest else [count // others]
+            ways.append(f"{axis} = {_choice(fits)}")
+    advice = f"With the other axes as they are, {'; or '.join(ways)} would do."
+    if not ways:
+        advice = f"Each axis, and their product, must divide {count}: {_choice(_divisors(count))}."
+    return (
+        f"A mesh of {sizes} needs {'a multiple of ' if rest else ''}{fixed} devices; there are "
+        f"{count}. {advice} (--gin.MeshConfig.data / fsdp / tensor; -1 = what is left.)"
+    )
+
+
+def _arrange(shape: tuple[int, int, int], devices: list) -> np.ndarray:
+    """The devices as an array of this shape (data, fsdp, tensor), slices outermost.
+
+    Not `jax.make_mesh`: that refuses several slices, which is what two GPU nodes are to JAX, and
+    splits a physical axis of the torus between logical ones on v5e only, so that it finds no
+    layout for, say, 32 x 2 chips of a v5p 4x4x4.
+    """
+    slices: dict[int, list] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    count, each = len(slices), len(devices) // len(slices)
+    if any(len(members) != each for members in slices.values()):
+        found = {index: len(members) for index, members in sorted(slices.items())}
+        raise ValueError(f"The slices have different numbers of devices: {found}. Use equal ones.")
+    data, fsdp, tensor = shape
+    if each % tensor:
+        raise ValueError(
+            f"tensor = {tensor} does not fit into a slice (or GPU node) of {each} devices, of which "
+            f"there are {count}; --gin.MeshConfig.tensor may be {_choice(_divisors(each))}."
+        )
+    # `tensor` divides a slice, so what `data` leaves of the slices always divides `fsdp`.
+    outer_data = math.gcd(data, count)
+    outer_fsdp = count // outer_data
+    if outer_fsdp > 1:
+        logging.warning(
+            "fsdp = %d spans slices (or GPU nodes): parameters are gathered over the network "
+            "between them. If a copy fits into %s of them, set MeshConfig.data=%d.",
+            fsdp, "one" if outer_data == 1 else "fewer", count,
+        )  # fmt: skip
+    inner = (data // outer_data, fsdp // outer_fsdp, tensor)
+    blocks = [
+        mesh_utils.create_device_mesh(inner, slices[index], allow_split_physical_axes=True)
+        for index in sorted(slices)
+    ]
+    grid = np.stack(blocks).reshape(outer_data, outer_fsdp, *inner)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(shape)
 
 
 def _mesh_axes(axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
@@ -87,32 +161,50 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def _shards(mesh: Mesh, mesh_axes: tuple[str, ...]) -> int:
-    return int(np.prod([mesh.shape[m] for m in mesh_axes]))
+    return math.prod(mesh.shape[m] for m in mesh_axes)
 
 
 def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     """Sharding of every parameter.
 
     Args:
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`; an `AbstractMesh` will do.
       shapes: tree of arrays or ShapeDtypeStructs.
       axes: the same tree with a tuple of logical axis names at each leaf (`t5.param_axes`).
 
     Raises:
-      ValueError: an axis does not divide by the mesh; names parameter, axis and sizes.
+      ValueError: axes do not divide by the mesh; names all of them, and the sizes of the mesh axis
+        that divide every parameter. Heads are an axis (of the position biases), so that `tensor`
+        takes whole heads although `joined_kv` might be cut between them.
     """
+    # (mesh axes, logical axis, size) -> parameters that have it
+    found: dict[tuple[tuple[str, ...], str, int], list[str]] = {}
 
     def one(path, shape, names):
         for size, name, mesh_axes in zip(shape.shape, names, _mesh_axes(names), strict=True):
-            if size % _shards(mesh, mesh_axes):
-                raise ValueError(
-                    f"Parameter {path_name(path)} has axis {name!r} of size {size}, which does not "
-                    f"divide by the {_shards(mesh, mesh_axes)} devices of mesh axis "
-                    f"{'*'.join(mesh_axes)}. Choose a size of that mesh axis which divides {size}."
-                )
+            if mesh_axes:
+                found.setdefault((mesh_axes, name, size), []).append(path_name(path))
         return NamedSharding(mesh, spec(names))
 
-    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+    shardings = jax.tree_util.tree_map_with_path(one, shapes, axes)
+    faults = []
+    for mesh_axes in dict.fromkeys(key[0] for key in found):
+        shards, name = _shards(mesh, mesh_axes), "*".join(mesh_axes)
+        sizes = [size for group, _, size in found if group == mesh_axes]
+        wrong = [
+            f"{axis} = {size} ({paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)})"
+            for (group, axis, size), paths in found.items()
+            if group == mesh_axes and size % shards
+        ]
+        if wrong:
+            fits = [n for n in _divisors(math.gcd(*sizes)) if mesh.size % n == 0]
+            faults.append(
+                f"{name} = {shards} does not divide {', '.join(wrong)}; with {mesh.size} devices "
+                f"{name} may be {_choice(fits)}."
+            )
+    if faults:
+        raise ValueError("The mesh does not divide the model: " + " ".join(faults))
+    return shardings
 
 
 def path_name(path) -> str:
@@ -176,6 +268,12 @@ def batch_shards(mesh: Mesh) -> int:
     return _shards(mesh, AXIS_RULES["batch"])
 
 
+def _whole_processes(devices: int, processes: int) -> list[int]:
+    """Sizes of `tensor` that divide the devices of a process, or are a multiple of them."""
+    each = devices // processes
+    return [n for n in _divisors(devices) if each % n == 0 or n % each == 0]
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of the rows of a batch this process reads: (number, of how many equal parts).
 
@@ -192,10 +290,29 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     if sum(map(len, parts)) != shards or len(set(map(len, parts))) > 1:
         raise ValueError(
             f"The mesh {dict(mesh.shape)} gives the {len(rows_of)} processes overlapping rows of a "
-            "batch. Choose MeshConfig.tensor so that it divides the devices of a process, or is a "
-            "multiple of them."
+            f"batch. With {mesh.size // len(rows_of)} devices to a process, --gin.MeshConfig.tensor "
+            f"may be {_choice(_whole_processes(mesh.size, len(rows_of)))}."
         )
     return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
+
+
+def check_lengths(mesh: Mesh, lengths: dict[str, int]) -> None:
+    """Raises ValueError where `tensor` does not divide the length of rows, and names lengths.
+
+    Between the products the residual stream lies in slices of its length; it would stay whole.
+
+    Args:
+      mesh: from `make_mesh`.
+      lengths: tokens of a row, `{"inputs": n, "targets": m}`.
+    """
+    shards = _shards(mesh, AXIS_RULES["stream_length"])
+    if any(length % shards for length in lengths.values()):
+        fits = {name: -(-length // shards) * shards for name, length in lengths.items()}
+        raise ValueError(
+            f"tensor = {shards} does not divide rows of {dict(lengths)} tokens: "
+            f'--gin.TASK_FEATURE_LENGTHS="{fits}" would do, or --gin.MeshConfig.tensor = '
+            f"{_choice([n for n in _divisors(math.gcd(*lengths.values())) if mesh.size % n == 0])}."
+        )
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -274,6 +274,7 @@ def train(
             f"{model.vocab_size}: set --gin.T5Config.vocab_size={-(-vocabulary.size // 128) * 128}."
         )
     batches = data_lib.TrainBatches(corpus, data, packing.Flops.of(model), shards)
+    partitioning.check_lengths(devices, batches.capacity)
     num_microbatches = config.num_microbatches or _auto_microbatches(batches)
     batches = batches.with_row_multiple(shards * num_microbatches)
     fingerprint = batches.fingerprint()

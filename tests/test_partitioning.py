@@ -1,5 +1,7 @@
 """Where arrays live on 8 CPU devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -19,10 +21,76 @@ def test_mesh_takes_what_is_left_for_the_axis_of_minus_one():
     assert dict(mesh_of(data=2, fsdp=-1, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("sizes", [dict(data=3), dict(tensor=3), dict(data=2, fsdp=2, tensor=1)])
-def test_mesh_that_does_not_fit_the_devices_is_an_error(sizes):
-    with pytest.raises(ValueError, match="there are 8"):
+@pytest.mark.parametrize(
+    "sizes,would_do",
+    [
+        (dict(data=3), "data = 8 would do"),
+        (dict(tensor=3), "tensor = 1, 2, 4 or 8 would do"),
+        (dict(data=2, fsdp=2, tensor=1), "data = 4; or fsdp = 4; or tensor = 2 would do"),
+        (dict(data=2, fsdp=-1, tensor=3), "tensor = 1, 2 or 4 would do"),
+        (dict(fsdp=3, tensor=3), "must divide 8: 1, 2, 4 or 8"),
+    ],
+)
+def test_mesh_that_does_not_fit_the_devices_is_an_error(sizes, would_do):
+    with pytest.raises(ValueError, match=f"there are 8.*{would_do}"):
         mesh_of(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What arranging a mesh looks at; `slice_index` is a GPU's node, or its NVLink domain."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "fake"
+
+
+def cluster(nodes, gpus, processes_per_node=1):
+    """Devices of GPU nodes, out of order."""
+    each = gpus // processes_per_node
+    devices = [FakeDevice(i, i // gpus, i // each) for i in range(nodes * gpus)]
+    return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+
+
+@pytest.mark.parametrize("processes_per_node", [1, 4])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(),
+        dict(data=2, fsdp=4),
+        dict(data=2, tensor=4),
+        dict(data=4, fsdp=2),
+        dict(data=2, fsdp=2, tensor=2),
+        dict(data=4, tensor=2),
+    ],
+)
+def test_slices_are_outermost(sizes, processes_per_node):
+    """As many copies of the model as slices, or more: none of them spans two slices."""
+    config = partitioning.MeshConfig(**sizes)
+    mesh = partitioning.make_mesh(config, cluster(2, 4, processes_per_node))
+    for copy in mesh.devices:  # fsdp x tensor
+        assert len({d.slice_index for d in copy.flat}) == 1
+    order = [d.slice_index for d in mesh.devices.flat]
+    assert order == sorted(order)
+    assert {d.id for d in mesh.devices.flat} == set(range(8))
+
+
+def test_fsdp_may_span_slices_with_a_warning_and_tensor_never(caplog):
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(fsdp=4, tensor=2), cluster(2, 4))
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices[0]] == [{0}, {0}, {1}, {1}]
+    assert "MeshConfig.data=2" in caplog.text
+    # Over four slices data takes two parts and fsdp the rest.
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2, fsdp=4), cluster(4, 2))
+    assert [[d.slice_index for d in copy.flat] for copy in mesh.devices] == [
+        [0, 0, 1, 1], [2, 2, 3, 3],
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"tensor = 8 .* 4 devices.* may be 1, 2 or 4"):
+        partitioning.make_mesh(partitioning.MeshConfig(tensor=8), cluster(2, 4))
+    with pytest.raises(ValueError, match=r"different numbers of devices: \{0: 4, 1: 2\}"):
+        devices = [d for d in cluster(2, 4) if d.id < 6]
+        partitioning.make_mesh(partitioning.MeshConfig(), devices)
 
 
 def test_mesh_config_refuses_two_rests():
@@ -68,13 +136,46 @@ def test_parameters_and_optimizer_slots_are_sliced_alike():
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
-def test_an_axis_that_does_not_divide_is_named():
-    config = t5.T5Config(vocab_size=384, num_heads=3, head_dim=3, emb_dim=64, mlp_dim=128)
-    mesh = mesh_of(data=4, tensor=2)
+def refusal(config, **sizes):
+    with pytest.raises(ValueError) as error:
+        partitioning.param_shardings(
+            mesh_of(**sizes), t5.param_shapes(config), t5.param_axes(config)
+        )
+    return str(error.value)
+
+
+def test_all_axes_that_do_not_divide_are_named_with_sizes_that_would():
+    config = dataclasses.replace(CONFIG, vocab_size=386, emb_dim=258, mlp_dim=510)
+    message = refusal(config, fsdp=4, tensor=2, data=1)
+    assert "fsdp = 4 does not divide embed = 258 (" in message
+    assert "fsdp may be 1 or 2." in message and "tensor" not in message
+    message = refusal(config, fsdp=2, tensor=4, data=1)
+    assert "tensor = 4 does not divide" in message and "fsdp" not in message
+    assert "vocab = 386 (token_embedder/embedding and 1 more)" not in message  # has its own name
+    assert "vocab = 386 (decoder/logits_dense/kernel and 1 more)" in message
+    assert "mlp = 510 (" in message and "heads" not in message
+    assert "tensor may be 1 or 2." in message
+    both = refusal(dataclasses.replace(config, emb_dim=257), fsdp=2, tensor=4, data=1)
+    assert "fsdp may be 1." in both and "tensor may be 1 or 2." in both
+
+
+def test_tensor_takes_whole_heads():
+    """T5 1.1 small: 6 heads of 64 make 384, which 4 divides, but a head would lie on two devices."""
+    config = dataclasses.replace(CONFIG, num_heads=6, mlp_dim=768)
+    message = refusal(config, data=2, tensor=4)
+    assert "heads = 6 (" in message and "joined_kv" not in message
+    assert "tensor may be 1 or 2." in message
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(tensor=3), jax.devices()[:6])
+    partitioning.param_shardings(mesh, t5.param_shapes(config), t5.param_axes(config))
+
+
+def test_tensor_divides_the_length_of_rows():
+    partitioning.check_lengths(mesh_of(tensor=4), {"inputs": 288, "targets": 104})
     with pytest.raises(
-        ValueError, match=r"decoder/layers/encoder_decoder_attention.*joined_kv.*9.*2 devices"
+        ValueError,
+        match=r"'inputs': 60, 'targets': 24.*'inputs': 64, 'targets': 24.*tensor = 1, 2 ",
     ):
-        partitioning.param_shardings(mesh, t5.param_shapes(config), t5.param_axes(config))
+        partitioning.check_lengths(mesh_of(tensor=8), {"inputs": 60, "targets": 24})
 
 
 def test_a_batch_is_cut_by_rows():
