@@ -123,8 +123,8 @@ def _arrange(shape: tuple[int, int, int], devices: list) -> np.ndarray:
     data, fsdp, tensor = shape
     if each % tensor:
         raise ValueError(
-            f"tensor = {tensor} does not fit into a slice (or GPU node) of {each} devices, of which "
-            f"there are {count}; --gin.MeshConfig.tensor may be {_choice(_divisors(each))}."
+            f"tensor = {tensor} does not fit into one of the {count} slices (or GPU nodes) of {each} "
+            f"devices; --gin.MeshConfig.tensor may be {_choice(_divisors(each))}."
         )
     # `tensor` divides a slice, so what `data` leaves of the slices always divides `fsdp`.
     outer_data = math.gcd(data, count)
@@ -290,8 +290,8 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     if sum(map(len, parts)) != shards or len(set(map(len, parts))) > 1:
         raise ValueError(
             f"The mesh {dict(mesh.shape)} gives the {len(rows_of)} processes overlapping rows of a "
-            f"batch. With {mesh.size // len(rows_of)} devices to a process, --gin.MeshConfig.tensor "
-            f"may be {_choice(_whole_processes(mesh.size, len(rows_of)))}."
+            f"batch. With {mesh.size // len(rows_of)} devices to a process, "
+            f"--gin.MeshConfig.tensor may be {_choice(_whole_processes(mesh.size, len(rows_of)))}."
         )
     return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
 
