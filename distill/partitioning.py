@@ -123,8 +123,8 @@ def _arrange(shape: tuple[int, int, int], devices: list) -> np.ndarray:
     data, fsdp, tensor = shape
     if each % tensor:
         raise ValueError(
-            f"tensor = {tensor} does not fit into one of the {count} slices (or GPU nodes) of {each} "
-            f"devices; --gin.MeshConfig.tensor may be {_choice(_divisors(each))}."
+            f"tensor = {tensor} does not fit into one of the {count} slices (or GPU nodes) of "
+            f"{each} devices; --gin.MeshConfig.tensor may be {_choice(_divisors(each))}."
         )
     # `tensor` divides a slice, so what `data` leaves of the slices always divides `fsdp`.
     outer_data = math.gcd(data, count)

@@ -244,7 +244,7 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(scores + bias).astype(values.dtype)
         weights = self.dropout(weights)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
-        # Pinned for its gradient: from the stream's slices of the length XLA would move all scores.
+        # Without this the gradient comes in the slices of the stream's length, with all heads.
         mixed = _pin(self.constrain, mixed, ("batch", "length", "heads", "kv"))
         out = self.out(mixed.reshape(*mixed.shape[:-2], -1))
         return _pin(self.constrain, out, STREAM, "attention_out")
@@ -565,7 +565,8 @@ class T5(nn.Module):
             logits = self.token_embedder.attend(states) / np.sqrt(self.config.emb_dim)
         else:
             logits = self.decoder.logits_dense(states)
-        return _pin(self.constrain, logits, ("batch", *["length"] * (logits.ndim - 2), "vocab"))
+        # In slices of the vocabulary; in those of the length the whole kernel would be gathered.
+        return _pin(self.constrain, logits, ("batch", "length", "vocab"))
 
     def states(self, batch: dict[str, Array]) -> Array:
         """Decoder states [b, q, e] of a batch under T5X's batch keys."""

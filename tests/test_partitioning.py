@@ -160,7 +160,7 @@ def test_all_axes_that_do_not_divide_are_named_with_sizes_that_would():
 
 
 def test_tensor_takes_whole_heads():
-    """T5 1.1 small: 6 heads of 64 make 384, which 4 divides, but a head would lie on two devices."""
+    """T5 1.1 small: 6 heads of 64 make 384, which 4 divides, but not the heads."""
     config = dataclasses.replace(CONFIG, num_heads=6, mlp_dim=768)
     message = refusal(config, data=2, tensor=4)
     assert "heads = 6 (" in message and "joined_kv" not in message
