@@ -509,7 +509,9 @@ class T5(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.token_embedder = Embedder(cfg.vocab_size, cfg.emb_dim, cfg.compute_dtype)
+        self.token_embedder = Embedder(
+            cfg.vocab_size, cfg.emb_dim, cfg.compute_dtype, self.constrain
+        )
         self.encoder = Encoder(cfg, self.constrain)
         self.decoder = Decoder(cfg, self.constrain)
 
@@ -626,6 +628,7 @@ class Embedder(nn.Module):
     vocab_size: int
     emb_dim: int
     dtype: Any
+    constrain: Constrain
 
     def setup(self):
         self.embedding = _kernel(
@@ -634,7 +637,9 @@ class Embedder(nn.Module):
         )  # fmt: skip
 
     def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        table = _pin(self.constrain, self.embedding.astype(self.dtype), ("vocab", None))
+        found = jnp.take(table, tokens, axis=0)
+        return _pin(self.constrain, found, ("batch", "length", "embed"))
 
     def attend(self, states: Array) -> Array:
         return jnp.einsum("...e,ve->...v", states, self.embedding)
