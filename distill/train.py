@@ -160,7 +160,6 @@ def train_step(
     objective: objectives.Objective,
     tx: optax.GradientTransformation,
     num_microbatches: int = 1,
-    batch_shards: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -175,8 +174,7 @@ def train_step(
       net: the network.
       objective: what to minimise.
       tx: the optimizer.
-      num_microbatches: parts to compute one after the other.
-      batch_shards: devices that share the rows; each part takes its rows from all of them.
+      num_microbatches: parts to compute one after the other; each takes rows of all devices.
 
     Returns:
       The new state, and the scalars of `objectives.summarize` with `grad_norm` and `skipped`
@@ -193,7 +191,7 @@ def train_step(
     if num_microbatches == 1:
         (loss, sums), grads = grad_fn(state.params, batch, rng)
     else:
-        parts = jax.tree.map(lambda x: _split_rows(x, num_microbatches, batch_shards), batch)
+        parts = jax.tree.map(lambda x: _split_rows(x, num_microbatches), batch)
         shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], parts), rng)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -218,10 +216,13 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), scalars
 
 
-def _split_rows(x: jax.Array, parts: int, shards: int) -> jax.Array:
-    """[rows, ...] -> [parts, rows / parts, ...]; each part holds rows of every shard."""
-    x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
-    return x.reshape(parts, -1, *x.shape[3:])
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[rows, ...] -> [parts, rows / parts, ...]; part p takes every row number parts * i + p.
+
+    So each part has rows of every device without moving any, and the same rows in the same order on
+    every mesh: dropout draws the same masks for them.
+    """
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
 def eval_step(params, batch, *, net: t5.T5, objective: objectives.Objective):
@@ -323,7 +324,7 @@ def train(
     step_fn = jax.jit(
         functools.partial(
             train_step, net=net, objective=objective, tx=tx,
-            num_microbatches=num_microbatches, batch_shards=shards,
+            num_microbatches=num_microbatches,
         ),
         donate_argnums=0,
     )  # fmt: skip

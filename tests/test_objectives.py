@@ -176,7 +176,6 @@ def updated(objective, microbatches, devices, make=examples):
         functools.partial(
             train.train_step, net=t5.T5(TINY, partitioning.activation_constraint(mesh)),
             objective=objective, tx=tx, num_microbatches=microbatches,
-            batch_shards=partitioning.batch_shards(mesh),
         )
     )  # fmt: skip
     state, scalars = step(state, batch, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The train step compiles for TPUs that are not there, sliced over data, fsdp and tensor."""
+"""TPUs that are not there: meshes on all kinds of them, and a train step compiled for one."""
 
 import functools
 import importlib.util
@@ -12,14 +12,67 @@ from distill import evaluate, objectives, optim, partitioning, t5, train
 pytestmark = [pytest.mark.topology, pytest.mark.filterwarnings("ignore")]
 
 
-def test_train_step_compiles_for_a_v5e_slice():
+def devices_of(name, **settings):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (the tpu-aot extra)")
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    return list(topologies.get_topology_desc("tpu", name, **settings).devices)
+
+
+MEGACORE = {"chip_config_name": "megacore"}  # two cores as one device, JAX's default on a v4
+
+
+@pytest.mark.parametrize(
+    "name,settings,sizes",
+    [
+        ("v4:2x2x1", MEGACORE, [(1, 4, 1), (2, 1, 2), (1, 2, 2)]),
+        ("v5e:2x4", {}, [(1, 8, 1), (2, 2, 2), (1, 2, 4)]),
+        ("v5p:2x2x1", {}, [(1, 4, 1), (2, 1, 2), (1, 2, 2)]),
+        ("v6e:2x4", {}, [(1, 8, 1), (2, 2, 2), (1, 2, 4)]),
+        # jax.make_mesh finds no layout of these on v4, v5p and v6e.
+        ("v4:4x4x4", MEGACORE, [(1, 32, 2), (8, 8, 1), (4, 8, 2)]),
+        ("v5p:4x4x4", {}, [(1, 32, 2), (8, 8, 1), (4, 8, 2)]),
+        ("v6e:8x8", {}, [(1, 32, 2), (4, 16, 1), (2, 4, 8)]),
+        ("v5e:4x4", {"num_slices": 2}, [(2, 16, 1), (4, 4, 2), (2, 1, 16), (1, 32, 1), (32, 1, 1)]),
+        ("v5p:2x2x2", {"num_slices": 2}, [(2, 4, 2), (1, 16, 1), (2, 8, 1)]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_state_is_placed_on_every_kind_of_slice(name, settings, sizes, monkeypatch):
+    """Every array has a place, slices are outermost, and processes read whole parts of a batch."""
+    devices = devices_of(name, **settings)
+    config = t5.T5Config(vocab_size=32128, emb_dim=768, num_heads=16, mlp_dim=2048,
+                         num_encoder_layers=2, num_decoder_layers=2)  # fmt: skip
+    processes = {d.process_index for d in devices}
+    for data, fsdp, tensor in sizes:
+        mesh = partitioning.make_mesh(partitioning.MeshConfig(data, fsdp, tensor), devices)
+        assert {d.id for d in mesh.devices.flat} == {d.id for d in devices}
+        params = evaluate.abstract_params(t5.T5(config), mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, params)
+        slots = jax.eval_shape(optim.Adafactor().build(10).init, params)
+        partitioning.optimizer_shardings(mesh, slots, params, shardings)
+        kernel = params["encoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape) == (2, 768 // fsdp, 2048 // tensor)
+        in_order = [getattr(d, "slice_index", 0) for d in mesh.devices.flat]
+        assert in_order == sorted(in_order)
+        shares = set()
+        for process in processes:
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            shares.add(partitioning.batch_share(mesh))
+        parts = {count for _, count in shares}
+        assert len(parts) == 1 and {number for number, _ in shares} == set(range(*parts))
+
+
+def test_tensor_does_not_leave_a_tpu_slice():
+    devices = devices_of("v5e:2x4", num_slices=2)
+    with pytest.raises(ValueError, match=r"2 slices .* 8 devices; .*tensor may be 1, 2, 4 or 8"):
+        partitioning.make_mesh(partitioning.MeshConfig(tensor=16), devices)
+
+
+def test_train_step_compiles_for_a_v5e_slice():
     mesh = partitioning.make_mesh(
-        partitioning.MeshConfig(data=2, fsdp=2, tensor=2), list(topology.devices)
+        partitioning.MeshConfig(data=2, fsdp=2, tensor=2), devices_of("v5e:2x4")
     )
     config = t5.T5Config(vocab_size=1024, dtype="bfloat16", emb_dim=256, num_heads=4, mlp_dim=512,
                          num_encoder_layers=2, num_decoder_layers=2)  # fmt: skip
@@ -52,7 +105,6 @@ def test_train_step_compiles_for_a_v5e_slice():
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = functools.partial(
         train.train_step, net=net, objective=objectives.StepByStep(), tx=tx, num_microbatches=2,
-        batch_shards=partitioning.batch_shards(mesh),
     )  # fmt: skip
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch, on(key, scalar)).compile()
     memory = compiled.memory_analysis()
