@@ -25,9 +25,10 @@ def pytest_addoption(parser):
 
 # Files are dealt to the workers in this order; a long one at the end would leave a worker idle.
 LONG = (
-    "test_train.py", "test_multihost.py", "test_sharding.py", "test_parity.py", "test_objectives.py", "test_task.py",
-    "test_train_from.py", "test_cache.py", "test_published_objective.py", "test_goldens.py",
-    "test_convert.py", "test_export.py", "test_report.py",
+    "test_train.py", "test_multihost.py", "test_sharding.py", "test_parity.py",
+    "test_objectives.py", "test_task.py", "test_train_from.py", "test_cache.py",
+    "test_published_objective.py", "test_goldens.py", "test_convert.py", "test_export.py",
+    "test_report.py",
 )  # fmt: skip
 
 

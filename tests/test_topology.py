@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ def devices_of(name, **settings):
         pytest.skip("libtpu is not installed (the tpu-aot extra)")
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc("tpu", name, **settings).devices)
+    # There is no TPU to share: other processes (of pytest-xdist, say) may have libtpu loaded, too.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return list(topologies.get_topology_desc(name, "tpu", **settings).devices)
 
 
 MEGACORE = {"chip_config_name": "megacore"}  # two cores as one device, JAX's default on a v4
@@ -58,7 +61,7 @@ def test_state_is_placed_on_every_kind_of_slice(name, settings, sizes, monkeypat
         assert in_order == sorted(in_order)
         shares = set()
         for process in processes:
-            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            monkeypatch.setattr(jax, "process_index", functools.partial(int, process))
             shares.add(partitioning.batch_share(mesh))
         parts = {count for _, count in shares}
         assert len(parts) == 1 and {number for number, _ in shares} == set(range(*parts))
