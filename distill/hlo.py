@@ -57,7 +57,7 @@ class Cost:
       flops: of matrix products; what is elementwise is not counted.
       bytes: read from and written to the device's memory.
       collectives: by kind; bytes that the device sends, by the algorithms that send least.
-      unknown_loops: loops whose number of rounds the text does not tell; they count once.
+      unknown_loops: loops whose number of rounds the text does not tell.
     """
 
     flops: float
@@ -113,11 +113,12 @@ class _Instruction:
 Computation = dict[str, _Instruction]
 
 
-def cost(text: str) -> Cost:
+def cost(text: str, unknown_rounds: int = 1) -> Cost:
     """Reads the text of a compiled program.
 
     Args:
       text: `compiled.as_text()`.
+      unknown_rounds: how often loops run whose end depends on what they compute.
 
     Returns:
       The cost of one run on one device.
@@ -149,7 +150,7 @@ def cost(text: str) -> Cost:
             if op == "while":
                 rounds = _rounds(instruction, body, computations)
                 unknown += rounds is None
-                visit(instruction.called("body"), times * (rounds or 1))
+                visit(instruction.called("body"), times * (unknown_rounds if rounds is None else rounds))
                 continue
             if op == "conditional":
                 branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -69,13 +69,30 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         a slice; names sizes that do.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = _sizes(config, len(devices))
+    grid = _arrange(tuple(sizes.values()), devices)
+    # Auto: under Explicit axes, the default of jax.make_mesh, most linen layers fail.
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """A mesh of so many devices that are not there, for shardings and the sizes they give.
+
+    Raises:
+      ValueError: as `make_mesh`.
+    """
+    sizes = _sizes(config, devices)
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def _sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     sizes = dataclasses.asdict(config)
     fixed = math.prod(s for s in sizes.values() if s != -1)
-    if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
-        raise ValueError(_misfit(sizes, len(devices)))
-    shape = tuple(len(devices) // fixed if s == -1 else s for s in sizes.values())
-    # Auto: under Explicit axes, the default of jax.make_mesh, most linen layers fail.
-    return Mesh(_arrange(shape, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    if devices % fixed or (-1 not in sizes.values() and fixed != devices):
+        raise ValueError(_misfit(sizes, devices))
+    return {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
 
 
 def _divisors(n: int) -> list[int]:

@@ -13,6 +13,7 @@ released checkpoints is tested against logits that T5X itself produced.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -674,11 +675,13 @@ def init_params(config: T5Config, rng: Array):
     return nn.unbox(_init_boxed(config, rng))
 
 
+@functools.lru_cache
 def param_shapes(config: T5Config):
     """The tree of `init_params` as `jax.ShapeDtypeStruct`s; allocates nothing."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
+@functools.lru_cache
 def param_axes(config: T5Config):
     """The tree of `init_params` with each array's logical axis names, e.g. `(layers, embed, mlp)`.
 

@@ -225,6 +225,32 @@ def _split_rows(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
+def jit_step(
+    net: t5.T5,
+    objective: objectives.Objective,
+    tx: optax.GradientTransformation,
+    num_microbatches: int,
+):
+    """`train_step` as training runs it: (state, batch, rng) -> (state, scalars), state donated."""
+    step = functools.partial(
+        train_step, net=net, objective=objective, tx=tx, num_microbatches=num_microbatches
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def abstract_state(net: t5.T5, tx: optax.GradientTransformation, mesh) -> TrainState:
+    """Shapes and shardings of the state on a mesh; allocates nothing."""
+    params = evaluate.abstract_params(net, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    slots = jax.eval_shape(tx.init, params)
+    places = partitioning.optimizer_shardings(mesh, slots, params, shardings)
+    opt_state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), slots, places
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
+    return TrainState(step, params, opt_state)
+
+
 def eval_step(params, batch, *, net: t5.T5, objective: objectives.Objective):
     """Sums and counts of a batch without dropout, to be added up over batches."""
     counts = objectives.group_counts(batch)
@@ -321,13 +347,7 @@ def train(
         )
 
     # 3. Programs.
-    step_fn = jax.jit(
-        functools.partial(
-            train_step, net=net, objective=objective, tx=tx,
-            num_microbatches=num_microbatches,
-        ),
-        donate_argnums=0,
-    )  # fmt: skip
+    step_fn = jit_step(net, objective, tx, num_microbatches)
     eval_fn = jax.jit(functools.partial(eval_step, net=net, objective=objective))
     replicated = partitioning.replicated(devices)
     # jit, since device_put reaches the devices of this process only.
@@ -554,29 +574,19 @@ def _initial_state(
     weights: convert.Weights | None,
 ) -> tuple[TrainState, _Progress]:
     """The state to go on from, sharded, and where its data goes on."""
-    params = evaluate.abstract_params(net, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    opt_shapes = jax.eval_shape(tx.init, params)
-    opt_shardings = partitioning.optimizer_shardings(mesh, opt_shapes, params, shardings)
-    replicated = partitioning.replicated(mesh)
-
-    def abstract(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    opt_abstract = jax.tree.map(abstract, opt_shapes, opt_shardings)
+    abstract = abstract_state(net, tx, mesh)
     if initial is not None:
         opt_state = None
         if weights is not None and weights.kind == convert.T5X:  # which goes on with them, too
-            opt_state = convert.load_slots(weights, opt_abstract)
+            opt_state = convert.load_slots(weights, abstract.opt_state)
         if opt_state is None:
-            opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(initial)
-        step = jax.jit(jnp.int32, out_shardings=replicated)(base_step)
+            places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
+            opt_state = jax.jit(tx.init, out_shardings=places)(initial)
+        step = jax.jit(jnp.int32, out_shardings=abstract.step.sharding)(base_step)
         return TrainState(step, initial, opt_state), _Progress({"epoch": 0, "batch": 0})
 
     target = {
-        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
-        "params": params,
-        "opt_state": opt_abstract,
+        field.name: getattr(abstract, field.name) for field in dataclasses.fields(TrainState)
     }
     tree, metadata = saver.restore(target)
     logging.info("Going on from %s/checkpoint_%d", saver.folder, metadata["step"])

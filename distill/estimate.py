@@ -1,0 +1,244 @@
+"""Memory and speed of a training step by formula: what needs no compiler and no device.
+
+Bytes are of one device. What is held between steps (parameters, optimizer, batch) is exact: it is
+read off the shardings. What lives during a step is counted from the model's own shapes, and agrees
+with what XLA:TPU reports within 15 % (docs/scale.md has the table; `scripts/plan.py` compiles).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from distill import packing, partitioning, t5
+
+GIB = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """An accelerator, as its vendor publishes it.
+
+    Attributes:
+      name: short name, `v5e` or `h100`.
+      hbm: bytes of memory that a program may use.
+      flops: bfloat16 products per second.
+      bandwidth: bytes per second between memory and chip.
+      network: bytes per second that it sends to its neighbours, all links together; within a TPU
+        slice, or a host of GPUs.
+    """
+
+    name: str
+    hbm: float
+    flops: float
+    bandwidth: float
+    network: float
+
+
+# TPUs: cloud.google.com/tpu/docs; memory is what XLA offers a program where that is known. GPUs:
+# the vendor's data sheets, SXM, dense; memory less 5 %, which the driver and libraries take.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 30.75 * GIB, 275e12, 1228e9, 300e9),
+        Chip("v5e", 15.75 * GIB, 197e12, 819e9, 200e9),
+        Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 600e9),
+        Chip("v6e", 31.25 * GIB, 918e12, 1640e9, 448e9),
+        Chip("a100-40gb", 0.95 * 40e9, 312e12, 1555e9, 300e9),
+        Chip("a100-80gb", 0.95 * 80e9, 312e12, 2039e9, 300e9),
+        Chip("h100-80gb", 0.95 * 80e9, 989e12, 3350e9, 450e9),
+        Chip("h200-141gb", 0.95 * 141e9, 989e12, 4800e9, 450e9),
+    )
+}
+# `jax.Device.device_kind` -> name.
+_KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA H200": "h200-141gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+}  # fmt: skip
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The chip of a `jax.Device`; None where it is not known (a CPU)."""
+    return CHIPS.get(_KINDS.get(getattr(device, "device_kind", "")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step computes.
+
+    Attributes:
+      rows: packed rows of a step, all devices together.
+      inputs: tokens of a row's inputs.
+      targets: tokens of a row's targets.
+      num_microbatches: parts that are computed one after the other.
+    """
+
+    rows: int
+    inputs: int
+    targets: int
+    num_microbatches: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a step, padding included."""
+        return self.rows * (self.inputs + self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+      parameters: of the model, as they are kept.
+      optimizer: its slots.
+      batch: the arrays of a step.
+      saved: activations kept for the backward pass.
+      gradients: with the accumulator of micro-batches, where there are several.
+      workspace: the largest thing that a layer, or the logits, need besides.
+    """
+
+    parameters: float
+    optimizer: float
+    batch: float
+    saved: float
+    gradients: float
+    workspace: float
+
+    @property
+    def held(self) -> float:
+        """Between steps."""
+        return self.parameters + self.optimizer + self.batch
+
+    @property
+    def total(self) -> float:
+        return self.held + self.saved + self.gradients + self.workspace
+
+
+def bytes_on_device(tree: Any) -> float:
+    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
+    return float(sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    ))  # fmt: skip
+
+
+def saved_per_layer(model: t5.T5Config, inputs: float, targets: float, tensor: int) -> tuple:
+    """Bytes that the backward pass finds of one encoder and one decoder layer.
+
+    Args:
+      model: its sizes, compute type and remat policy.
+      inputs: input positions on a device.
+      targets: target positions on a device.
+      tensor: slices of heads, feed-forward and the stream's length.
+    """
+    size = model.compute_dtype.itemsize
+    stream = size * model.emb_dim / tensor
+    heads = size * model.num_heads * model.head_dim / tensor
+    wide = size * model.mlp_dim * len(model.mlp_activations) / tensor
+    qkv = {"minimal", "attention"}
+    policy = model.remat_policy
+    encoder, decoder = stream * inputs, stream * targets
+    if policy in qkv:
+        encoder += 3 * heads * inputs
+        decoder += 4 * heads * targets + 2 * heads * inputs
+    if policy in {*qkv, "out"}:
+        encoder += stream * inputs
+        decoder += 2 * stream * targets
+    if policy == "minimal":
+        encoder += wide * inputs
+        decoder += wide * targets
+    return encoder, decoder
+
+
+def memory(
+    model: t5.T5Config, work: Work, mesh: dict[str, int], parameters: float, optimizer: float
+) -> Memory:
+    """Bytes of one device during a step.
+
+    Args:
+      model: its sizes, compute type and remat policy.
+      work: rows, lengths and micro-batches.
+      mesh: devices along `data`, `fsdp`, `tensor`.
+      parameters: bytes of them on a device (`bytes_on_device`).
+      optimizer: bytes of its slots on a device.
+    """
+    tensor, batch_shards = mesh["tensor"], mesh["data"] * mesh["fsdp"]
+    rows = work.rows / batch_shards / work.num_microbatches
+    encoder, decoder = saved_per_layer(model, rows * work.inputs, rows * work.targets, tensor)
+    saved = model.num_encoder_layers * encoder + model.num_decoder_layers * decoder
+    heads = rows * model.num_heads / tensor
+    scores = max(
+        work.inputs**2, work.targets * work.inputs, work.targets**2
+    ) * heads * (4 + model.compute_dtype.itemsize)  # fmt: skip
+    logits = rows * work.targets * model.vocab_size / tensor * 4
+    return Memory(
+        parameters=parameters,
+        optimizer=optimizer,
+        batch=work.rows / batch_shards * (2 * work.inputs + 5 * work.targets) * 4,
+        saved=saved,
+        gradients=parameters * (2 if work.num_microbatches > 1 else 1),
+        workspace=max(scores, 2 * logits),
+    )
+
+
+def flops(model: t5.T5Config, work: Work) -> tuple[float, float]:
+    """Products of a step, all devices together: (with what is recomputed, without).
+
+    A backward pass is two forward passes; the logits are never recomputed.
+    """
+    forward = work.rows * float(packing.Flops.of(model).row(work.inputs, work.targets))
+    return 3 * forward + work.rows * recomputed(model, work), 3 * forward
+
+
+def recomputed(model: t5.T5Config, work: Work) -> float:
+    """Products of a row that the backward pass makes again, by the remat policy."""
+    policy = model.remat_policy
+    if policy == "none":
+        return 0.0
+    attention = model.num_heads * model.head_dim
+    inputs, targets = work.inputs, work.targets
+    encoder, decoder = model.num_encoder_layers, model.num_decoder_layers
+    scores = 2 * attention * (encoder * inputs**2 + decoder * targets * (targets + inputs))
+    scores *= 2  # and the weighted sums of the values, which the output's weights need
+    project = 2 * model.emb_dim * attention
+    qkv = project * (3 * encoder * inputs + decoder * (4 * targets + 2 * inputs))
+    out = project * (encoder * inputs + 2 * decoder * targets)
+    wide = 2 * model.emb_dim * model.mlp_dim * len(model.mlp_activations)
+    wide *= encoder * inputs + decoder * targets
+    return {
+        "minimal": scores,
+        "attention": scores + wide,
+        "out": scores + wide + qkv,
+        "full": scores + wide + qkv + out,
+    }[policy]
+
+
+def seconds(
+    model: t5.T5Config, work: Work, mesh: dict[str, int], chip: Chip, param_count: int
+) -> dict[str, float]:
+    """Lower bounds of a step by what it waits for: `compute`, `memory`, `network`.
+
+    The network carries the weights, gathered from `fsdp` for the forward and the backward pass of
+    every micro-batch, their gradients, and the stream, gathered and scattered over `tensor` around
+    every block.
+    """
+    devices = math.prod(mesh.values())
+    tensor, fsdp, copies = mesh["tensor"], mesh["fsdp"], mesh["data"]
+    size = model.compute_dtype.itemsize
+    weights = size * param_count / tensor
+    sent = 3 * weights * (fsdp - 1) / fsdp * work.num_microbatches
+    sent += 2 * 4 * param_count / (tensor * fsdp) * (copies - 1) / copies * work.num_microbatches
+    rows = work.rows / (copies * fsdp)
+    blocks = (
+        2 * model.num_encoder_layers * work.inputs + 3 * model.num_decoder_layers * work.targets
+    )
+    # Forward, gradient and, gathered again, recomputation.
+    sent += 5 * size * rows * model.emb_dim * blocks * (tensor - 1) / tensor
+    moved = 3 * size * param_count / tensor * work.num_microbatches + 16 * param_count / devices
+    return {
+        "compute": flops(model, work)[0] / devices / chip.flops,
+        "memory": moved / chip.bandwidth,
+        "network": sent / chip.network,
+    }

@@ -1,0 +1,520 @@
+"""The proof before the bill: compiles a run for devices that are not there.
+
+`compile_train` lowers the very step that training runs, for a TPU slice of any size, through
+libtpu's compiler on this machine. What it reports are bytes of a device, and from the program's
+text products, memory traffic and talk between devices (`hlo`). Where there is no such compiler
+(GPUs, or libtpu is not installed) `estimate` stands in, and the result says so.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill import (
+    decode,
+    estimate,
+    evaluate,
+    hlo,
+    objectives,
+    optim,
+    partitioning,
+    t5,
+    train,
+)  # fmt: skip
+from distill.estimate import GIB
+
+# The published limits: what a run has whose data is not known.
+DEFAULT_LENGTHS = {"inputs": 1024, "targets": 256}
+
+
+class UnknownTopologyError(ValueError):
+    """There is no such device, or it cannot be divided so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A training step, but for the devices.
+
+    Attributes:
+      model: with its remat policy.
+      optimizer: Adafactor or AdamW.
+      objective: what to minimise.
+      mesh: how the devices are used.
+      work: rows, lengths and micro-batches.
+    """
+
+    model: t5.T5Config
+    optimizer: optim.Optimizer
+    objective: objectives.Objective
+    mesh: partitioning.MeshConfig
+    work: estimate.Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a setup needs on a topology, for one device where nothing else is said.
+
+    Attributes:
+      topology: as given, such as `v5e:16x16`.
+      mesh: devices along each axis.
+      remat_policy: of the model.
+      num_microbatches: of a step.
+      verified: True where a compiler said it, False where a formula did.
+      memory: bytes by kind.
+      peak: largest number of bytes in use at once.
+      hbm: bytes that there are.
+      flops: of matrix products in a step.
+      recomputed: share of them that the backward pass makes a second time.
+      traffic: bytes between memory and chip in a step; 0 = not known.
+      sent: bytes to other devices in a step, by kind.
+      seconds: lower bounds of a step by what it waits for: `compute`, `memory`, `network`.
+      model_flops: of a step without recomputation.
+      tokens: positions of a step, all devices together.
+      devices: how many.
+      compile_seconds: None where nothing was compiled.
+      error: the compiler's message where the program does not fit.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    remat_policy: str
+    num_microbatches: int
+    verified: bool
+    memory: dict[str, float]
+    peak: float
+    hbm: float
+    flops: float
+    recomputed: float
+    traffic: float
+    sent: dict[str, float]
+    seconds: dict[str, float]
+    model_flops: float
+    tokens: int
+    devices: int
+    peak_flops: float
+    compile_seconds: float | None = None
+    error: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.error is None and self.peak <= self.hbm
+
+    @property
+    def step_seconds(self) -> float:
+        """No step can be faster: as if computing, memory and network overlapped wholly."""
+        return max(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        """Bound of the model FLOPs utilisation: useful products of the fastest possible step."""
+        return self.model_flops / (self.devices * self.peak_flops * self.step_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Bound, all devices together, padding included."""
+        return self.tokens / self.step_seconds
+
+    def chip_hours(self, steps: int) -> float:
+        """Least hours of all devices together for so many steps."""
+        return self.devices * self.step_seconds * steps / 3600
+
+
+# --- Topologies -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices that need not be there.
+
+    Attributes:
+      name: `v5e:4x4` (a TPU slice by its shape) or `h100-80gb:8` (GPUs by their number).
+      chip: what each of them is.
+      devices: to compile for; None where there is no compiler for them here.
+      size: how many.
+    """
+
+    name: str
+    chip: estimate.Chip
+    devices: list | None
+    size: int
+
+
+def topology(name: str) -> Topology:
+    """Finds the devices of a name.
+
+    Raises:
+      UnknownTopologyError: there is no such chip or shape; the message names those that there are.
+    """
+    kind, _, shape = name.partition(":")
+    chip = estimate.CHIPS.get(kind)
+    if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise UnknownTopologyError(
+            f"--topology={name}: give a chip and its shape or number, such as v5e:4x4, v4:4x4x4 or "
+            f"h100-80gb:8. Chips: {', '.join(estimate.CHIPS)}."
+        )
+    size = 1
+    for n in shape.split("x"):
+        size *= int(n)
+    if not kind.startswith("v"):
+        return Topology(name, chip, None, size)
+    if "x" not in shape:
+        raise UnknownTopologyError(
+            f"--topology={name}: a TPU slice is given by its shape, {kind}:2x4 or, v4 and v5p, "
+            f"{kind}:2x2x2."
+        )
+    from jax.experimental import topologies
+
+    # v4: two cores work as one device, as they do when JAX finds them.
+    extra = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **extra)
+    except Exception as e:  # JaxRuntimeError, or what a missing libtpu gives
+        message = str(e)
+        if "libtpu" in message or isinstance(e, (ImportError, RuntimeError)) and not _has_libtpu():
+            return Topology(name, chip, None, size)
+        raise UnknownTopologyError(f"--topology={name}: {message.splitlines()[0]}") from e
+    return Topology(name, chip, list(found.devices), len(found.devices))
+
+
+def _has_libtpu() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("libtpu") is not None
+
+
+# --- Compiling ------------------------------------------------------------------------------------
+
+
+def abstract_batch(mesh: Any, work: estimate.Work) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a packed batch as `data.TrainBatches` makes them; allocates nothing."""
+    sharding = partitioning.batch_sharding(mesh)
+
+    def array(length: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((work.rows, length), jnp.int32, sharding=sharding)
+
+    names = {
+        work.inputs: ("encoder_input_tokens", "encoder_segment_ids"),
+        work.targets: (
+            "decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids",
+            "decoder_loss_weights", "decoder_loss_groups",
+        ),
+    }  # fmt: skip
+    return {name: array(length) for length, group in names.items() for name in group}
+
+
+def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
+    """Traces the step that training runs, for devices that need not be there.
+
+    Returns:
+      The `jax.stages.Lowered` step, and the abstract state.
+
+    Raises:
+      ValueError: an axis of the model or the rows do not divide by the mesh.
+    """
+    mesh = partitioning.make_mesh(setup.mesh, devices)
+    shards = partitioning.batch_shards(mesh)
+    work = setup.work
+    if work.rows % (shards * work.num_microbatches):
+        raise ValueError(
+            f"BATCH_SIZE={work.rows} does not divide by data x fsdp x NUM_MICROBATCHES = "
+            f"{shards} x {work.num_microbatches}."
+        )
+    net = t5.T5(setup.model, partitioning.activation_constraint(mesh))
+    tx = setup.optimizer.build(10)
+    state = train.abstract_state(net, tx, mesh)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=partitioning.replicated(mesh))
+    partitioning.check_lengths(mesh, {"inputs": work.inputs, "targets": work.targets})
+    step = train.jit_step(net, setup.objective, tx, work.num_microbatches)
+    return step.lower(state, abstract_batch(mesh, work), rng), state
+
+
+def compile_train(setup: Setup, where: Topology) -> Plan:
+    """Compiles the step that training runs.
+
+    Raises:
+      ValueError: an axis of the model or the rows do not divide by the mesh.
+    """
+    started = time.monotonic()
+    lowered, state = lower_train(setup, where.devices)
+    mesh = dict(partitioning.make_mesh(setup.mesh, where.devices).shape)
+    by_formula = estimated(setup, where)
+    held = {
+        "parameters": estimate.bytes_on_device(state.params),
+        "optimizer": estimate.bytes_on_device(state.opt_state),
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        needed = re.search(r"\(([\d.]+)([GM])\) exceeds", str(e))
+        size = float(needed[1]) * (GIB if needed[2] == "G" else 2**20) if needed else 0.0
+        return dataclasses.replace(
+            by_formula, verified=True, memory=held | {"temporaries": size},
+            peak=sum(held.values()) + size, error=str(e).splitlines()[0],
+            compile_seconds=time.monotonic() - started,
+        )  # fmt: skip
+    seconds = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    cost = hlo.cost(compiled.as_text())
+    held["batch"] = memory.argument_size_in_bytes - sum(held.values())
+    held["temporaries"] = memory.temp_size_in_bytes
+    held["code"] = memory.generated_code_size_in_bytes
+    chip = where.chip
+    return Plan(
+        topology=where.name,
+        mesh=mesh,
+        remat_policy=setup.model.remat_policy,
+        num_microbatches=setup.work.num_microbatches,
+        verified=True,
+        memory=held,
+        peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
+        hbm=chip.hbm,
+        flops=cost.flops,
+        recomputed=max(0.0, 1 - by_formula.model_flops / (cost.flops * where.size)),
+        traffic=cost.bytes,
+        sent={kind: c.bytes for kind, c in cost.collectives.items()},
+        seconds={
+            "compute": cost.flops / chip.flops,
+            "memory": cost.bytes / chip.bandwidth,
+            "network": cost.sent / chip.network,
+        },
+        model_flops=by_formula.model_flops,
+        tokens=setup.work.tokens,
+        devices=where.size,
+        peak_flops=chip.flops,
+        compile_seconds=seconds,
+    )
+
+
+def compile_decode(setup: Setup, where: Topology, rows: int, max_length: int) -> dict[str, float]:
+    """Compiles greedy decoding of a batch, as evaluation runs it.
+
+    Args:
+      setup: its model, mesh and input length are used.
+      where: devices to compile for.
+      rows: decoded together.
+      max_length: tokens of an answer at most.
+
+    Returns:
+      `peak`: bytes of a device; `seconds`: least time of a batch whose rows are all that long.
+    """
+    mesh = partitioning.make_mesh(setup.mesh, where.devices)
+    net = t5.T5(setup.model, partitioning.activation_constraint(mesh))
+    tokens = jax.ShapeDtypeStruct(
+        (rows, setup.work.inputs), jnp.int32, sharding=partitioning.batch_sharding(mesh)
+    )
+    params = evaluate.abstract_params(net, mesh)
+    compiled = decode.greedy.lower(params, tokens, model=net, max_length=max_length).compile()
+    memory = compiled.memory_analysis()
+    # The loop ends when all rows have; its text has no number of rounds, so they are put in here.
+    cost = hlo.cost(compiled.as_text(), unknown_rounds=max_length)
+    chip = where.chip
+    return {
+        "peak": memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
+        "seconds": max(
+            cost.flops / chip.flops, cost.bytes / chip.bandwidth, cost.sent / chip.network
+        ),
+    }
+
+
+# --- By formula -----------------------------------------------------------------------------------
+
+
+def estimated(setup: Setup, where: Topology) -> Plan:
+    """The same by formula (`estimate`): at once, for any device, unverified.
+
+    Raises:
+      ValueError: the mesh does not divide the devices, or the model.
+    """
+    chip, work, model = where.chip, setup.work, setup.model
+    mesh = dict(partitioning.abstract_mesh(setup.mesh, where.size).shape)
+    # The policy changes nothing of what is held, and what it is asked for again is remembered.
+    held = _held(
+        dataclasses.replace(model, remat_policy="none"), setup.optimizer, setup.mesh, where.size
+    )
+    memory = estimate.memory(model, work, mesh, *held)
+    made, needed = estimate.flops(model, work)
+    return Plan(
+        topology=where.name,
+        mesh=mesh,
+        remat_policy=model.remat_policy,
+        num_microbatches=work.num_microbatches,
+        verified=False,
+        memory=dataclasses.asdict(memory),
+        peak=memory.total,
+        hbm=chip.hbm,
+        flops=made / where.size,
+        recomputed=1 - needed / made,
+        traffic=0.0,
+        sent={},
+        seconds=estimate.seconds(model, work, mesh, chip, t5.param_count(model)),
+        model_flops=needed,
+        tokens=work.tokens,
+        devices=where.size,
+        peak_flops=chip.flops,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _held(model: t5.T5Config, optimizer: optim.Optimizer, mesh: partitioning.MeshConfig, size: int):
+    """Bytes of parameters and of slots on a device."""
+    devices = partitioning.abstract_mesh(mesh, size)
+    state = train.abstract_state(t5.T5(model), optimizer.build(10), devices)
+    return estimate.bytes_on_device(state.params), estimate.bytes_on_device(state.opt_state)
+
+
+# --- Searching ------------------------------------------------------------------------------------
+
+
+def candidates(setup: Setup, where: Topology) -> list[tuple[Setup, Plan]]:
+    """Every mesh, remat policy and number of micro-batches, by formula, the best first.
+
+    First come those that fit with a tenth of the memory to spare, the fastest first; then the
+    others, the smallest first.
+    """
+    found = []
+    for mesh in _meshes(setup, where.size):
+        shards = where.size // mesh.tensor
+        for policy in t5.REMAT_POLICIES:
+            for parts in (1, 2, 4, 8, 16, 32):
+                if setup.work.rows % (shards * parts):
+                    continue
+                one = dataclasses.replace(
+                    setup, mesh=mesh, work=dataclasses.replace(setup.work, num_microbatches=parts),
+                    model=dataclasses.replace(setup.model, remat_policy=policy),
+                )  # fmt: skip
+                found.append((one, estimated(one, where)))
+
+    def order(item: tuple[Setup, Plan]):
+        one, plan = item
+        fits = plan.peak <= 0.9 * plan.hbm
+        # What waits for the network does not overlap wholly, so it breaks ties, with simplicity.
+        slow = plan.step_seconds + 0.1 * plan.seconds["network"]
+        return (not fits, slow if fits else plan.peak, one.work.num_microbatches, one.mesh.tensor)
+
+    return sorted(found, key=order)
+
+
+def _meshes(setup: Setup, devices: int) -> Iterator[partitioning.MeshConfig]:
+    """Those that divide the model's axes; the rest of the devices copies it."""
+    for tensor in (n for n in (1, 2, 4, 8) if devices % n == 0):
+        for fsdp in (n for n in range(1, devices // tensor + 1) if devices // tensor % n == 0):
+            mesh = partitioning.MeshConfig(devices // tensor // fsdp, fsdp, tensor)
+            with contextlib.suppress(ValueError):  # an axis does not divide
+                model = dataclasses.replace(setup.model, remat_policy="none")
+                _held(model, setup.optimizer, mesh, devices)
+                yield mesh
+
+
+def search(setup: Setup, where: Topology, most: int = 3) -> Iterator[tuple[Setup, Plan]]:
+    """Tries the most promising settings until `most` of them fit; compiled where that is possible.
+
+    Yields:
+      Each setting that was tried, with its plan, as soon as it is known.
+
+    Raises:
+      ValueError: there is no mesh and number of micro-batches that BATCH_SIZE divides by.
+    """
+    ordered = candidates(setup, where)
+    if not ordered:
+        raise ValueError(
+            f"BATCH_SIZE={setup.work.rows} rows cannot be divided among {where.size} devices: "
+            f"choose a multiple of {where.size}, or of {where.size} / 2, / 4 or / 8 (tensor)."
+        )
+    fit = 0
+    for one, guess in ordered[: 4 * most]:
+        plan = compile_train(one, where) if where.devices else guess
+        yield one, plan
+        fit += plan.fits
+        if fit == most or (fit and not where.devices and fit == most):
+            return
+
+
+# --- Telling --------------------------------------------------------------------------------------
+
+
+def describe(plan: Plan, steps: int | None = None) -> str:
+    """The plan as text for a terminal."""
+    said = "compiled" if plan.verified else "by formula, unverified"
+    gib = {name: value / GIB for name, value in plan.memory.items()}
+    rows = [
+        ("topology", f"{plan.topology}, {plan.devices} devices, {said}"),
+        ("mesh", " ".join(f"{axis}={n}" for axis, n in plan.mesh.items())),
+        ("remat / micro-batches", f"{plan.remat_policy} / {plan.num_microbatches}"),
+        ("memory of a device", ", ".join(f"{name} {n:.2f}" for name, n in gib.items()) + " GiB"),
+        (
+            "peak",
+            f"{plan.peak / GIB:.2f} of {plan.hbm / GIB:.2f} GiB: "
+            + ("fits" if plan.fits else "DOES NOT FIT"),
+        ),
+        (
+            "products of a device",
+            f"{plan.flops:.3g} FLOPs a step, {plan.recomputed:.1%} of them recomputed",
+        ),
+    ]
+    if plan.traffic:
+        rows.append(("memory traffic", f"{plan.traffic / 1e9:,.0f} GB a step"))
+    if plan.sent:
+        kinds = ", ".join(f"{kind} {n / 1e9:.2f}" for kind, n in sorted(plan.sent.items()))
+        rows.append(("sent to others", f"{kinds} GB a step"))
+    waits = ", ".join(f"{name} {n * 1e3:.1f}" for name, n in plan.seconds.items())
+    rows += [
+        ("least time of a step", f"{plan.step_seconds * 1e3:.1f} ms (by {waits})"),
+        ("MFU at most", f"{plan.mfu:.0%}"),
+        ("tokens per second", f"{plan.tokens_per_second:,.0f} at most, padding included"),
+    ]
+    if steps:
+        rows.append((f"chip-hours, {steps:,} steps", f"{plan.chip_hours(steps):,.1f} at least"))
+    if plan.compile_seconds is not None:
+        rows.append(("compiled in", f"{plan.compile_seconds:.0f} s"))
+    if plan.error:
+        rows.append(("the compiler says", plan.error))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def table(plans: list[Plan]) -> str:
+    """Plans side by side, one a line."""
+    head = ("mesh", "remat", "micro-batches", "peak GiB", "fits", "ms a step", "MFU", "recomputed")
+    lines = [head] + [
+        (
+            " ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "1 device",
+            p.remat_policy, str(p.num_microbatches), f"{p.peak / GIB:.2f}",
+            "yes" if p.fits else "no", f"{p.step_seconds * 1e3:.1f}", f"{p.mfu:.0%}",
+            f"{p.recomputed:.1%}",
+        )
+        for p in plans
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def to_json(plan: Plan) -> str:
+    """All of a plan, for a file."""
+    derived = {
+        name: getattr(plan, name) for name in ("fits", "step_seconds", "mfu", "tokens_per_second")
+    }
+    return json.dumps(dataclasses.asdict(plan) | derived, indent=1)
+
+
+def recommendation(setup: Setup) -> str:
+    """The flags that set what a search has chosen."""
+    mesh = dataclasses.asdict(setup.mesh)
+    axes = " ".join(f"--gin.MeshConfig.{axis}={n}" for axis, n in mesh.items())
+    return (
+        f"{axes} --gin.T5Config.remat_policy={setup.model.remat_policy} "
+        f"--gin.NUM_MICROBATCHES={setup.work.num_microbatches}"
+    )

@@ -1,0 +1,100 @@
+"""Whether a run fits devices that you do not have yet, how fast it can be, and what it costs.
+
+  python scripts/plan.py --topology=v5e:16x16 --gin_file=t5_1_1/xxl.gin --gin_file=step_by_step.gin \\
+    --gin.BATCH_SIZE=256 --gin.MeshConfig.fsdp=32 --gin.MeshConfig.tensor=8 \\
+    --gin.T5Config.remat_policy=minimal
+
+Give what scripts/train.py gets, and a topology: a TPU slice by its shape (v4:4x4x4, v5e:2x4,
+v5p:2x2x2, v6e:8x8) or GPUs by their number (h100-80gb:8, a100-80gb:8, h200-141gb:1). Neither data
+nor checkpoint is read; rows are 1,024 + 256 tokens unless TASK_FEATURE_LENGTHS says otherwise.
+
+TPUs: the step is compiled for that slice on this machine, which needs the libtpu wheel
+(pip install -e '.[tpu-aot]') and minutes. GPUs: a formula, marked as unverified. --estimate_only
+gives the formula for TPUs, too, at once.
+
+--search tries mesh shapes, remat policies and numbers of micro-batches, and prints the flags of the
+fastest that fits.
+"""
+
+import os
+
+# The compiler for TPUs needs none, and looks for one for minutes if it is not told.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from distill import configure, estimate, plan, train
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, such as v5e:4x4.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and micro-batches.")
+_TRIES = flags.DEFINE_integer("tries", 3, "Settings that fit to look at with --search.", 1)
+_ESTIMATE_ONLY = flags.DEFINE_bool("estimate_only", False, "By formula, without compiling.")
+_DECODE_ROWS = flags.DEFINE_integer(
+    "decode_rows", None, "Compile greedy decoding of so many rows, too.", 1
+)
+_OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the plan.")
+
+# Planning reads no data and writes no run.
+_UNUSED = ["--gin.MODEL_DIR=unused", "--gin.MIXTURE_OR_TASK_NAME=unused"]
+
+
+def run(argv):
+    arguments = configure.resolved_arguments(train.train, [argv[0], *_UNUSED, *argv[1:]])
+    if not _TOPOLOGY.value:
+        raise ValueError("--topology is missing: what to plan for, such as --topology=v5e:4x4")
+    config, data, model = (arguments[name] for name in ("config", "data", "model"))
+    if data.pairs_per_step is not None:
+        raise ValueError("PAIRS_PER_STEP depends on the data; plan with the rows it comes to: "
+                         "--gin.BATCH_SIZE (the first lines of a run print them).")  # fmt: skip
+    lengths = data.feature_lengths or plan.DEFAULT_LENGTHS
+    if model.dtype == "auto":
+        model = dataclasses.replace(model, dtype="bfloat16")  # what it is on an accelerator
+    work = estimate.Work(
+        data.batch_size, lengths["inputs"], lengths["targets"], config.num_microbatches or 1
+    )
+    setup = plan.Setup(
+        model, arguments["optimizer"], arguments["objective"], arguments["mesh"], work
+    )
+    where = plan.topology(_TOPOLOGY.value)
+    if _ESTIMATE_ONLY.value:
+        where = dataclasses.replace(where, devices=None)
+    print(f"{work.rows} rows of {work.inputs} + {work.targets} tokens a step", flush=True)
+    if _SEARCH.value:
+        setup, chosen = _search(setup, where)
+    else:
+        chosen = plan.compile_train(setup, where) if where.devices else plan.estimated(setup, where)
+    print(plan.describe(chosen, config.train_steps or config.train_steps_relative))
+    if _DECODE_ROWS.value and where.devices:
+        decoded = plan.compile_decode(setup, where, _DECODE_ROWS.value, work.targets)
+        print(
+            f"decoding {_DECODE_ROWS.value} rows, {work.targets} tokens each: peak "
+            f"{decoded['peak'] / estimate.GIB:.2f} GiB, at least {decoded['seconds'] * 1e3:.1f} ms"
+        )
+    if _OUTPUT.value:
+        pathlib.Path(_OUTPUT.value).write_text(plan.to_json(chosen) + "\n")
+
+
+def _search(setup: plan.Setup, where: plan.Topology) -> tuple[plan.Setup, plan.Plan]:
+    tried = []
+    for one, result in plan.search(setup, where, _TRIES.value):
+        tried.append((one, result))
+        print(plan.table([result]).splitlines()[1], flush=True)
+    print(f"\n{plan.table([result for _, result in tried])}\n")
+    fitting = [item for item in tried if item[1].fits]
+    if not fitting:
+        raise ValueError(
+            f"Nothing fits {where.name}. Take more devices, a smaller BATCH_SIZE or shorter rows."
+        )
+    best = min(fitting, key=lambda item: item[1].step_seconds)
+    print(f"fastest that fits: {plan.recommendation(best[0])}\n")
+    return best
+
+
+if __name__ == "__main__":
+    configure.run_main(run)
