@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from distill import packing, partitioning, t5
+from distill import optim, packing, partitioning, t5
 
 GIB = 2.0**30
 
@@ -242,3 +242,55 @@ def seconds(
         "memory": moved / chip.bandwidth,
         "network": sent / chip.network,
     }
+
+
+# What is held between steps, and gradients, may take this share of the memory; activations need
+# the rest.
+_STATE_SHARE = 0.4
+
+
+def choose_mesh(
+    config: partitioning.MeshConfig,
+    model: t5.T5Config,
+    optimizer: optim.Optimizer | None,
+    rows: int | None,
+    chip: Chip | None,
+    devices: int,
+) -> partitioning.MeshConfig:
+    """Fills in what a MeshConfig leaves open.
+
+    `tensor` is 1, or as little as leaves no more shares of a batch than it has rows. `fsdp` is 1
+    where a copy of the model fits into 40 % of a device's memory, else as little as makes it fit,
+    and the rest goes to `data`: copies talk least.
+
+    Args:
+      config: what it says is left as it is.
+      model: its size.
+      optimizer: None = there is none, the model is only evaluated.
+      rows: of a batch; None = as many as divide.
+      chip: of the devices; None = not known, parameters are not sliced.
+      devices: how many there are.
+    """
+    tensor, fsdp = config.tensor, config.fsdp
+    if config.data != -1:  # the other axes are what it leaves
+        return dataclasses.replace(config, fsdp=fsdp or 1, tensor=tensor or 1)
+    fits = [n for n in range(1, devices + 1) if devices % n == 0]
+    if tensor is None:
+        heads = [n for n in fits if model.num_heads % n == 0 and model.mlp_dim % n == 0]
+        enough = [n for n in heads if rows is None or rows % (devices // n) == 0]
+        tensor = enough[0] if enough else 1
+    if fsdp is None:
+        copy = _bytes_of_copy(model, optimizer) / tensor if chip else 0
+        ways = [n for n in fits if devices // tensor % n == 0 and model.emb_dim % n == 0]
+        enough = [n for n in ways if chip is None or copy / n <= _STATE_SHARE * chip.hbm]
+        fsdp = enough[0] if enough else ways[-1]
+    return dataclasses.replace(config, fsdp=fsdp, tensor=tensor)
+
+
+def _bytes_of_copy(model: t5.T5Config, optimizer: optim.Optimizer | None) -> float:
+    """Parameters, and where it is trained gradients and slots."""
+    shapes = t5.param_shapes(model)
+    trees = [shapes]
+    if optimizer is not None:
+        trees += [shapes, jax.eval_shape(optimizer.build(10).init, shapes)]
+    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees)))

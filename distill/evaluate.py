@@ -17,7 +17,17 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from distill import cache, checkpoints, cluster, data, decode, metrics, partitioning, t5
+from distill import (
+    cache,
+    checkpoints,
+    cluster,
+    data,
+    decode,
+    estimate,
+    metrics,
+    partitioning,
+    t5,
+)  # fmt: skip
 from distill import vocabulary as vocabulary_lib
 
 # The published code decodes 64 tokens. Where gold labels are longer (in bytes, say), so is this;
@@ -259,7 +269,11 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
     model_dir = folders[0].parent
     output = epath.Path(config.eval_output_dir or model_dir / "inference_eval").expanduser()
 
-    mesh = partitioning.make_mesh(partitioning.MeshConfig())
+    student = t5.T5Config(**checkpoints.read_metadata(folders[-1])["model"])
+    found = jax.devices()
+    mesh = partitioning.make_mesh(estimate.choose_mesh(
+        partitioning.MeshConfig(), student, None, None, estimate.chip_of(found[0]), len(found)
+    ))  # fmt: skip
     results: list[tuple[str, Score]] = []
     for folder in folders:
         metadata = checkpoints.read_metadata(folder)

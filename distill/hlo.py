@@ -150,7 +150,8 @@ def cost(text: str, unknown_rounds: int = 1) -> Cost:
             if op == "while":
                 rounds = _rounds(instruction, body, computations)
                 unknown += rounds is None
-                visit(instruction.called("body"), times * (unknown_rounds if rounds is None else rounds))
+                rounds = unknown_rounds if rounds is None else rounds
+                visit(instruction.called("body"), times * rounds)
                 continue
             if op == "conditional":
                 branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
@@ -321,11 +322,12 @@ def _window(rest: str) -> dict[str, list]:
     match = re.search(r"window=\{([^}]*)\}", rest)
     fields = dict(item.split("=") for item in match[1].split()) if match else {}
     sizes = [int(n) for n in fields.get("size", "").split("x") if n]
+    rank = len(sizes)
 
     def get(name: str, default: int) -> list[int]:
-        return [int(n) for n in fields[name].split("x")] if name in fields else [default] * len(sizes)
+        return [int(n) for n in fields[name].split("x")] if name in fields else [default] * rank
 
-    pads = fields["pad"].split("x") if "pad" in fields else ["0_0"] * len(sizes)
+    pads = fields["pad"].split("x") if "pad" in fields else ["0_0"] * rank
     return {
         "size": sizes, "stride": get("stride", 1), "low": [int(p.split("_")[0]) for p in pads],
         "lhs_dilate": get("lhs_dilate", 1), "rhs_dilate": get("rhs_dilate", 1),
@@ -409,9 +411,10 @@ def _collective(instruction: _Instruction, body: Computation, computations):
     """(kind, bytes that a device sends) of a call, or None."""
     op = instruction.op.removesuffix("-start")
     if op == "fusion":  # a TPU's reduce-scatter: all-reduce and slice as one
-        inner = computations.get(instruction.called("calls"), {})
+        name = instruction.called("calls") or ""
+        inner = computations.get(name, {})
         for one in inner.values():
-            if one.op == "all-reduce" and instruction.called("calls").startswith("all-reduce-scatter"):
+            if one.op == "all-reduce" and name.startswith("all-reduce-scatter"):
                 n = _group_size(one.rest)
                 return "reduce-scatter", _all_bytes(one.arrays) * (n - 1) / n
             if one.op in COLLECTIVES:

@@ -37,20 +37,27 @@ class MeshConfig:
 
     Attributes:
       data: copies of the model, each with its share of the batch.
-      fsdp: slices of parameters and optimizer state; splits the batch as well.
-      tensor: slices of heads, feed-forward and vocabulary; talks most, keep it inside a host.
+      fsdp: slices of parameters and optimizer state; splits the batch as well. None = chosen by
+        `estimate.choose_mesh`; where nothing chooses, 1.
+      tensor: slices of heads, feed-forward and vocabulary; talks most, keep it inside a host. None
+        = chosen likewise.
     """
 
     data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int | None = None
+    tensor: int | None = None
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
+        sizes = [1 if s is None else s for s in dataclasses.astuple(self)]
         if sum(s == -1 for s in sizes) > 1 or any(s == 0 or s < -1 for s in sizes):
             raise ValueError(
                 f"MeshConfig sizes must be positive, with -1 at most once (= the rest), not {self}."
             )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of each axis, in order; 1 for what is not chosen."""
+        return {axis: 1 if s is None else s for axis, s in dataclasses.asdict(self).items()}
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -88,11 +95,16 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
 
 
 def _sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    sizes = dataclasses.asdict(config)
+    sizes = config.sizes
     fixed = math.prod(s for s in sizes.values() if s != -1)
     if devices % fixed or (-1 not in sizes.values() and fixed != devices):
         raise ValueError(_misfit(sizes, devices))
     return {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
+
+
+def describe(mesh: Mesh) -> str:
+    """`data=2 fsdp=4`: the axes that have more than one device."""
+    return " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
 
 
 def _divisors(n: int) -> list[int]:

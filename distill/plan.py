@@ -488,7 +488,7 @@ def table(plans: list[Plan]) -> str:
     head = ("mesh", "remat", "micro-batches", "peak GiB", "fits", "ms a step", "MFU", "recomputed")
     lines = [head] + [
         (
-            " ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "1 device",
+            " ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "one device",
             p.remat_policy, str(p.num_microbatches), f"{p.peak / GIB:.2f}",
             "yes" if p.fits else "no", f"{p.step_seconds * 1e3:.1f}", f"{p.mfu:.0%}",
             f"{p.recomputed:.1%}",
@@ -512,7 +512,7 @@ def to_json(plan: Plan) -> str:
 
 def recommendation(setup: Setup) -> str:
     """The flags that set what a search has chosen."""
-    mesh = dataclasses.asdict(setup.mesh)
+    mesh = setup.mesh.sizes
     axes = " ".join(f"--gin.MeshConfig.{axis}={n}" for axis, n in mesh.items())
     return (
         f"{axes} --gin.T5Config.remat_policy={setup.model.remat_policy} "

@@ -30,6 +30,7 @@ from distill import (
     checkpoints,
     cluster,
     convert,
+    estimate,
     evaluate,
     objectives,
     optim,
@@ -278,7 +279,7 @@ def train(
       objective: what to minimise.
       optimizer: Adafactor or AdamW.
       data: what to train on.
-      mesh: how to use the devices; None = all of them for data.
+      mesh: how to use the devices; None = chosen for them and the model.
 
     Raises:
       ValueError: a setting does not fit the data, the vocabulary, the mesh or the checkpoint.
@@ -287,7 +288,12 @@ def train(
     """
     started = time.monotonic()
     _keep_freed_memory()
-    devices = partitioning.make_mesh(mesh or partitioning.MeshConfig())
+    found = jax.devices()
+    mesh = estimate.choose_mesh(
+        mesh or partitioning.MeshConfig(), model, optimizer,
+        None if data.pairs_per_step else data.batch_size, estimate.chip_of(found[0]), len(found),
+    )  # fmt: skip
+    devices = partitioning.make_mesh(mesh)
     shards = partitioning.batch_shards(devices)
 
     # 1. Data, all splits, so that what is missing is known before anything is computed.
@@ -360,7 +366,11 @@ def train(
     period = config.stats_period or max(1, min(50, updates // 100))
     writer = MetricWriter(folder if is_writer else None)
     if is_writer:
-        print(_summary(corpus, batches, net, config, (start_step, last_step), num_microbatches))
+        print(
+            _summary(
+                corpus, batches, net, config, devices, (start_step, last_step), num_microbatches
+            )
+        )
 
     # 4. The loop. The metrics of a step are fetched after the next one is under way.
     def save(step: int, scores: list[evaluate.Score]) -> None:
@@ -585,9 +595,7 @@ def _initial_state(
         step = jax.jit(jnp.int32, out_shardings=abstract.step.sharding)(base_step)
         return TrainState(step, initial, opt_state), _Progress({"epoch": 0, "batch": 0})
 
-    target = {
-        field.name: getattr(abstract, field.name) for field in dataclasses.fields(TrainState)
-    }
+    target = {field.name: getattr(abstract, field.name) for field in dataclasses.fields(TrainState)}
     tree, metadata = saver.restore(target)
     logging.info("Going on from %s/checkpoint_%d", saver.folder, metadata["step"])
     kept = {field.name: metadata[field.name] for field in dataclasses.fields(_Progress)}
@@ -793,7 +801,7 @@ def _evaluate(
     return scores
 
 
-def _summary(corpus, batches, net, config, steps, num_microbatches) -> str:
+def _summary(corpus, batches, net, config, mesh, steps, num_microbatches) -> str:
     """What is about to run, in a few lines."""
     plan = batches.plan(0)
     waste = batches.waste(plan, packing.Flops.of(net.config))
@@ -808,8 +816,9 @@ def _summary(corpus, batches, net, config, steps, num_microbatches) -> str:
             f"{plan.tokens.mean():,.0f} real (padding: {waste.inputs:.0%} of inputs, "
             f"{waste.targets:.0%} of targets, {waste.flops:.2f} x the FLOPs needed), "
             f"{num_microbatches} micro-batch{'es' if num_microbatches > 1 else ''}",
-            f"steps {steps[0]} to {steps[1]} in {config.model_dir} on {jax.device_count()} "
-            f"{jax.devices()[0].platform} device{'s' if jax.device_count() > 1 else ''}",
+            f"steps {steps[0]} to {steps[1]} in {config.model_dir} on {mesh.size} "
+            f"{jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
+            + (f", {partitioning.describe(mesh)}" if mesh.size > 1 else ""),
         ]
     )
 

@@ -1,8 +1,8 @@
 """Whether a run fits devices that you do not have yet, how fast it can be, and what it costs.
 
-  python scripts/plan.py --topology=v5e:16x16 --gin_file=t5_1_1/xxl.gin --gin_file=step_by_step.gin \\
-    --gin.BATCH_SIZE=256 --gin.MeshConfig.fsdp=32 --gin.MeshConfig.tensor=8 \\
-    --gin.T5Config.remat_policy=minimal
+  python scripts/plan.py --topology=v5e:16x16 \\
+    --gin_file=t5_1_1/xxl.gin --gin_file=step_by_step.gin --gin.BATCH_SIZE=256 \\
+    --gin.MeshConfig.fsdp=32 --gin.MeshConfig.tensor=8 --gin.T5Config.remat_policy=minimal
 
 Give what scripts/train.py gets, and a topology: a TPU slice by its shape (v4:4x4x4, v5e:2x4,
 v5p:2x2x2, v6e:8x8) or GPUs by their number (h100-80gb:8, a100-80gb:8, h200-141gb:1). Neither data
@@ -58,10 +58,12 @@ def run(argv):
     work = estimate.Work(
         data.batch_size, lengths["inputs"], lengths["targets"], config.num_microbatches or 1
     )
-    setup = plan.Setup(
-        model, arguments["optimizer"], arguments["objective"], arguments["mesh"], work
-    )
     where = plan.topology(_TOPOLOGY.value)
+    optimizer = arguments["optimizer"]
+    mesh = estimate.choose_mesh(
+        arguments["mesh"], model, optimizer, work.rows, where.chip, where.size
+    )
+    setup = plan.Setup(model, optimizer, arguments["objective"], mesh, work)
     if _ESTIMATE_ONLY.value:
         where = dataclasses.replace(where, devices=None)
     print(f"{work.rows} rows of {work.inputs} + {work.targets} tokens a step", flush=True)

@@ -22,6 +22,8 @@ FLOORS = {
     "partitioning": 1,
     "optim": 1,
     "sources": 1,
+    "hlo": 0,
+    "estimate": 2,
     "task": 2,
     "decode": 2,
     "objectives": 2,
@@ -35,14 +37,15 @@ FLOORS = {
     "teacher": 3,
     "evaluate": 5,
     "train": 6,  # It evaluates.
-    "plan": 6,
+    "plan": 7,
     "study": 7,
     "report": 7,
     "inspection": 7,
     "configure": 8,
 }
 # What the accelerator runs; see `test_accelerator_side_imports_little`.
-ACCELERATOR_SIDE = ("t5", "objectives", "losses", "optim", "partitioning", "decode", "train")
+ACCELERATOR_SIDE = ("t5", "objectives", "losses", "optim", "partitioning", "decode", "train",
+                    "estimate", "plan", "hlo")  # fmt: skip
 HEAVY = (
     "grain", "array_record", "seqio", "gin", "tensorflow", "tensorflow_datasets", "torch", "t5x",
 )  # fmt: skip

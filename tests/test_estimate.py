@@ -1,0 +1,77 @@
+"""Formulas of memory, products and the mesh."""
+
+import dataclasses
+
+import pytest
+
+from distill import convert, estimate, optim
+from distill.estimate import CHIPS, Work
+from distill.partitioning import MeshConfig
+
+BASE, XL, XXL = (
+    dataclasses.replace(convert.released_config(f"t5_1_1/{name}"), dtype="bfloat16")
+    for name in ("base", "xl", "xxl")
+)
+
+
+def chosen(model, chip, devices, rows=128, optimizer=None, **sizes):
+    mesh = estimate.choose_mesh(
+        MeshConfig(**sizes), model, optimizer or optim.Adafactor(), rows,
+        CHIPS[chip] if chip else None, devices,
+    )  # fmt: skip
+    return mesh.sizes
+
+
+@pytest.mark.parametrize(
+    "model, chip, devices, expected",
+    [
+        (BASE, "v5e", 8, dict(data=-1, fsdp=1, tensor=1)),  # 2 GB a copy
+        (XL, "v5e", 16, dict(data=-1, fsdp=4, tensor=1)),  # 23 GB
+        (XXL, "v5p", 64, dict(data=-1, fsdp=4, tensor=1)),  # 89 GB
+        (XXL, "v5e", 256, dict(data=-1, fsdp=8, tensor=2)),  # 128 rows, so 128 shares
+        (XXL, None, 8, dict(data=-1, fsdp=1, tensor=1)),  # CPUs
+    ],
+)
+def test_mesh_is_chosen_for_model_and_devices(model, chip, devices, expected):
+    assert chosen(model, chip, devices) == expected
+
+
+def test_slots_of_adamw_need_more_slices():
+    assert chosen(XL, "v5p", 8)["fsdp"] == 1
+    assert chosen(XL, "v5p", 8, optimizer=optim.AdamW())["fsdp"] == 2
+
+
+def test_what_is_given_stays():
+    assert chosen(XXL, "v5p", 64, fsdp=32) == dict(data=-1, fsdp=32, tensor=1)
+    assert chosen(XXL, "v5p", 64, tensor=4)["tensor"] == 4
+    assert chosen(XXL, "v5p", 64, data=64) == dict(data=64, fsdp=1, tensor=1)
+    assert chosen(XXL, "v5e", 256, rows=None)["tensor"] == 1  # rows are rounded up
+
+
+def test_products_of_a_step_are_those_of_the_published_formula():
+    """8.7e13 a chip of 64 for XXL with 128 rows of 1,024 + 256 (performance facts, by hand)."""
+    made, needed = estimate.flops(XXL, Work(128, 1024, 256))
+    assert made == needed == pytest.approx(64 * 8.7145e13, rel=1e-4)
+
+
+def test_recomputation_grows_with_the_policy():
+    work = Work(128, 1024, 256)
+    share = []
+    for policy in ("none", "minimal", "attention", "out", "full"):
+        made, needed = estimate.flops(dataclasses.replace(XXL, remat_policy=policy), work)
+        share.append(1 - needed / made)
+    assert share == sorted(share) and share[0] == 0
+    assert share[1] == pytest.approx(0.0123, abs=2e-4)
+    assert share[-1] < 1 / 4  # one forward pass in four is all that there is
+
+
+def test_memory_adds_up_and_shrinks_with_the_policy():
+    mesh = dict(data=1, fsdp=16, tensor=4)
+    totals = []
+    for policy in ("minimal", "attention", "out", "full"):
+        model = dataclasses.replace(XXL, remat_policy=policy)
+        memory = estimate.memory(model, Work(128, 1024, 256), mesh, 7e8, 1e6)
+        parts = dataclasses.asdict(memory)
+        assert memory.total == pytest.approx(sum(parts.values()))
+        totals.append(memory.total)
+    assert totals == sorted(totals, reverse=True)
