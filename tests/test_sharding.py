@@ -219,11 +219,11 @@ def trained(sizes, optimizer, steps=3):
 @pytest.mark.parametrize(
     "optimizer,sizes",
     [
-        *(("adafactor", sizes) for sizes in [(2, 1, 1), (1, 4, 1), (1, 1, 8), (2, 2, 2)]),
+        *(("adafactor", sizes) for sizes in [(1, 4, 1), (1, 1, 8), (2, 2, 2)]),
         *(
             pytest.param(optimizer, sizes, marks=pytest.mark.slow)
             for optimizer in OPTIMIZERS
-            for sizes in [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 4, 1), (1, 2, 4)]
+            for sizes in [(2, 1, 1), (8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 4, 1), (1, 2, 4)]
         ),
         pytest.param("adamw", (2, 2, 2), marks=pytest.mark.slow),
     ],
