@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ from distill.estimate import GIB
 
 # The published limits: what a run has whose data is not known.
 DEFAULT_LENGTHS = {"inputs": 1024, "targets": 256}
+
+
+NO_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}  # fmt: skip
 
 
 class UnknownTopologyError(ValueError):
@@ -172,6 +179,9 @@ def topology(name: str) -> Topology:
         )
     from jax.experimental import topologies
 
+    # There is no TPU here to share, nor one to ask which it is, which takes minutes.
+    for variable, value in NO_TPU.items():
+        os.environ.setdefault(variable, value)
     # v4: two cores work as one device, as they do when JAX finds them.
     extra = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:

@@ -18,11 +18,7 @@ fastest that fits.
 
 import os
 
-# The compiler for TPUs needs none, and looks for one for minutes if it is not told.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is for its compiler only
 
 import dataclasses
 import pathlib

@@ -1,26 +1,30 @@
 """TPUs that are not there: meshes on all kinds of them, and a train step compiled for one."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from distill import evaluate, objectives, optim, partitioning, t5, train
+from distill import estimate, evaluate, objectives, optim, partitioning, plan, t5
 
 pytestmark = [pytest.mark.topology, pytest.mark.filterwarnings("ignore")]
 
 
 def devices_of(name, **settings):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed (the tpu-aot extra)")
+    require_libtpu()
     from jax.experimental import topologies
 
-    # There is no TPU to share: other processes (of pytest-xdist, say) may have libtpu loaded, too.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in plan.NO_TPU.items():
+        os.environ.setdefault(variable, value)
     return list(topologies.get_topology_desc(name, "tpu", **settings).devices)
+
+
+def require_libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (the tpu-aot extra)")
 
 
 MEGACORE = {"chip_config_name": "megacore"}  # two cores as one device, JAX's default on a v4
@@ -73,45 +77,58 @@ def test_tensor_does_not_leave_a_tpu_slice():
         partitioning.make_mesh(partitioning.MeshConfig(tensor=16), devices)
 
 
-def test_train_step_compiles_for_a_v5e_slice():
-    mesh = partitioning.make_mesh(
-        partitioning.MeshConfig(data=2, fsdp=2, tensor=2), devices_of("v5e:2x4")
-    )
-    config = t5.T5Config(vocab_size=1024, dtype="bfloat16", emb_dim=256, num_heads=4, mlp_dim=512,
-                         num_encoder_layers=2, num_decoder_layers=2)  # fmt: skip
-    net = t5.T5(config, partitioning.activation_constraint(mesh))
-    tx = optim.Adafactor().build(10)
-    params = evaluate.abstract_params(net, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    slots = jax.eval_shape(tx.init, params)
-
-    def on(shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    opt_state = jax.tree.map(
-        on, slots, partitioning.optimizer_shardings(mesh, slots, params, shardings)
-    )
-    scalar = partitioning.replicated(mesh)
-    state = train.TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar), params, opt_state
-    )
-    lengths = dict(encoder=256, decoder=128)
-    batch = {
-        f"{side}_{name}": jax.ShapeDtypeStruct(
-            (16, length), jnp.int32, sharding=partitioning.batch_sharding(mesh)
-        )
-        for side, length in lengths.items()
-        for name in ("input_tokens", "segment_ids")
-    }
-    for name in ("target_tokens", "loss_weights", "loss_groups"):
-        batch[f"decoder_{name}"] = batch["decoder_input_tokens"]
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    step = functools.partial(
-        train.train_step, net=net, objective=objectives.StepByStep(), tx=tx, num_microbatches=2,
+def small(**changes):
+    """XXL's shape in small: the same ratios of widths, a few layers."""
+    model = t5.T5Config(vocab_size=4096, dtype="bfloat16", emb_dim=512, num_heads=8, head_dim=64,
+                        mlp_dim=1280, num_encoder_layers=3, num_decoder_layers=3,
+                        remat_policy="minimal")  # fmt: skip
+    setup = plan.Setup(
+        model, optim.Adafactor(), objectives.StepByStep(),
+        partitioning.MeshConfig(fsdp=4, tensor=2), estimate.Work(64, 512, 128),
     )  # fmt: skip
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch, on(key, scalar)).compile()
-    memory = compiled.memory_analysis()
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, opt_state)))
-    # Parameters and slots are in 4 slices (fsdp x tensor), not copied to every chip.
-    assert memory.argument_size_in_bytes < held / 4 * 1.2
-    assert memory.temp_size_in_bytes > 0
+    return dataclasses.replace(setup, **changes)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    require_libtpu()
+    return plan.compile_train(small(), plan.topology("v5e:2x4"))
+
+
+def test_the_step_of_training_compiles_for_a_v5e_slice(compiled):
+    assert compiled.verified and compiled.fits and compiled.error is None
+    assert compiled.mesh == {"data": 1, "fsdp": 4, "tensor": 2}
+    whole = 4 * t5.param_count(small().model)
+    # In 8 slices, fsdp x tensor; position biases only in two, the scales of norms in four.
+    assert whole / 8 <= compiled.memory["parameters"] < whole / 8 * 1.02
+    assert compiled.memory["optimizer"] < compiled.memory["parameters"] / 10
+    assert compiled.memory["temporaries"] > 0 and compiled.memory["code"] > 0
+    assert set(compiled.sent) >= {"all-gather", "reduce-scatter"}
+    assert compiled.seconds.keys() == {"compute", "memory", "network"}
+    assert 0 < compiled.mfu < 1
+
+
+def test_products_of_the_compiled_step_are_those_of_the_formula(compiled):
+    guess = plan.estimated(small(), plan.topology("v5e:2x4"))
+    assert compiled.flops == pytest.approx(guess.flops, rel=0.02)
+    assert guess.memory["parameters"] == compiled.memory["parameters"]
+    assert guess.memory["optimizer"] == compiled.memory["optimizer"]
+    assert not guess.verified
+
+
+def test_what_does_not_fit_is_said():
+    require_libtpu()
+    where = plan.topology("v5e:2x2")
+    huge = dataclasses.replace(small().model, num_encoder_layers=40, remat_policy="none")
+    found = plan.compile_train(
+        small(model=huge, mesh=partitioning.MeshConfig(), work=estimate.Work(256, 1024, 256)), where
+    )
+    assert not found.fits and "Ran out of memory" in found.error
+    assert found.peak > found.hbm
+    assert "DOES NOT FIT" in plan.describe(found)
+
+
+def test_shapes_that_libtpu_does_not_know():
+    require_libtpu()
+    with pytest.raises(plan.UnknownTopologyError, match="--topology=v5e:3x5"):
+        plan.topology("v5e:3x5")

@@ -1,0 +1,90 @@
+"""Plans by formula, the search, and the command; tests/test_topology.py compiles."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from test_structure import ROOT
+
+from distill import convert, estimate, objectives, optim, partitioning, plan
+
+XL = dataclasses.replace(convert.released_config("t5_1_1/xl"), dtype="bfloat16")
+
+
+def setup(model=XL, rows=128, parts=1, **mesh):
+    return plan.Setup(
+        model, optim.Adafactor(), objectives.StepByStep(), partitioning.MeshConfig(**mesh),
+        estimate.Work(rows, 1024, 256, parts),
+    )  # fmt: skip
+
+
+def test_gpus_are_planned_by_formula():
+    where = plan.topology("h100-80gb:8")
+    assert where.devices is None and where.size == 8
+    found = plan.estimated(setup(fsdp=8), where)
+    assert not found.verified and found.fits
+    assert found.memory["parameters"] == pytest.approx(2_849_757_184 * 4 / 8, rel=1e-3)
+    text = plan.describe(found, steps=10_000)
+    assert "by formula, unverified" in text and "chip-hours, 10,000 steps" in text
+    assert found.chip_hours(3600) == pytest.approx(8 * found.step_seconds)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:", "v7:2x2", "h100:8", "v5e:axb", "v5e:4", "v5e:0x4"])
+def test_unknown_topologies_name_the_known(name):
+    with pytest.raises(plan.UnknownTopologyError, match=f"--topology={name}.*(Chips: v4|2x4)"):
+        plan.topology(name)
+
+
+def test_search_prefers_what_is_fast_and_fits():
+    where = plan.topology("a100-40gb:8")
+    tried = list(plan.search(setup(), where))
+    assert len(tried) == 3 and all(p.fits for _, p in tried)
+    times = [p.step_seconds for _, p in plan.candidates(setup(), where) if p.peak < 0.9 * p.hbm]
+    assert tried[0][1].step_seconds == pytest.approx(min(times), rel=0.1)
+    flags = plan.recommendation(tried[0][0])
+    assert "--gin.MeshConfig.fsdp=" in flags and "--gin.T5Config.remat_policy=" in flags
+
+
+def test_search_says_that_nothing_fits():
+    xxl = dataclasses.replace(convert.released_config("t5_1_1/xxl"), dtype="bfloat16")
+    tried = list(plan.search(setup(xxl), plan.topology("a100-40gb:1")))
+    assert tried and not any(p.fits for _, p in tried)
+
+
+def test_rows_that_no_mesh_divides():
+    with pytest.raises(ValueError, match="BATCH_SIZE=7 .* choose a multiple of 8"):
+        list(plan.search(setup(rows=7), plan.topology("h100-80gb:8")))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/plan.py", "--gin_file=t5_1_1/xl.gin",
+         "--gin_file=step_by_step.gin", *arguments],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_command(tmp_path):
+    done = command("--topology=h200-141gb:8", "--search", f"--output={tmp_path / 'plan.json'}",
+                   "--gin.BATCH_SIZE=64")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "64 rows of 1024 + 256 tokens" in done.stdout
+    assert "fastest that fits: --gin.MeshConfig.data=" in done.stdout
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["fits"] and not saved["verified"] and saved["tokens"] == 64 * 1280
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--topology is missing"),
+        (["--topology=h100:8"], "Chips: v4, v5e"),
+        (["--topology=h100-80gb:8", "--gin.PAIRS_PER_STEP=64"], "--gin.BATCH_SIZE"),
+        (["--topology=h100-80gb:8", "--gin.MeshConfig.fsdp=3"], "there are 8"),
+    ],
+)
+def test_errors_of_the_command(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
