@@ -675,20 +675,22 @@ def init_params(config: T5Config, rng: Array):
     return nn.unbox(_init_boxed(config, rng))
 
 
-@functools.lru_cache
+@functools.cache  # a run asks for shapes and axes several times, and each time would be a trace
+def _abstract_boxed(config: T5Config):
+    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+
+
 def param_shapes(config: T5Config):
     """The tree of `init_params` as `jax.ShapeDtypeStruct`s; allocates nothing."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return nn.unbox(_abstract_boxed(config))
 
 
-@functools.lru_cache
 def param_axes(config: T5Config):
     """The tree of `init_params` with each array's logical axis names, e.g. `(layers, embed, mlp)`.
 
     Leaves are tuples of str; pass `is_leaf=lambda x: isinstance(x, tuple)` to map over them.
     """
-    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
-    specs = nn.get_partition_spec(boxed)
+    specs = nn.get_partition_spec(_abstract_boxed(config))
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.P))
 
 
