@@ -341,11 +341,12 @@ def train(
         )
     tx = optimizer.build(updates)
     learning_rate = optimizer.learning_rate_at(updates)
-    state, progress = _initial_state(config, saver, net, tx, devices, initial, base_step, weights)
+    state, start_step, progress = _initial_state(
+        config, saver, net, tx, devices, initial, base_step, weights
+    )
     del initial, weights  # the state holds the parameters now, and will donate them
     if progress.data:
         _check_same_data(progress.data, fingerprint, config)
-    start_step = int(state.step)
     if start_step > last_step:
         raise ValueError(
             f"{config.model_dir} has a checkpoint of step {start_step}, beyond TRAIN_STEPS="
@@ -582,8 +583,12 @@ def _initial_state(
     initial: Any,
     base_step: int,
     weights: convert.Weights | None,
-) -> tuple[TrainState, _Progress]:
-    """The state to go on from, sharded, and where its data goes on."""
+) -> tuple[TrainState, int, _Progress]:
+    """The state to go on from, sharded, its step, and where its data goes on.
+
+    The step also as a number: to ask the device for it is to wait for the parameters, which are
+    still being drawn while the first step is traced.
+    """
     abstract = abstract_state(net, tx, mesh)
     if initial is not None:
         opt_state = None
@@ -593,13 +598,13 @@ def _initial_state(
             places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
             opt_state = jax.jit(tx.init, out_shardings=places)(initial)
         step = jax.jit(jnp.int32, out_shardings=abstract.step.sharding)(base_step)
-        return TrainState(step, initial, opt_state), _Progress({"epoch": 0, "batch": 0})
+        return TrainState(step, initial, opt_state), base_step, _Progress({"epoch": 0, "batch": 0})
 
     target = {field.name: getattr(abstract, field.name) for field in dataclasses.fields(TrainState)}
     tree, metadata = saver.restore(target)
     logging.info("Going on from %s/checkpoint_%d", saver.folder, metadata["step"])
     kept = {field.name: metadata[field.name] for field in dataclasses.fields(_Progress)}
-    return TrainState(**tree), _Progress(**kept)
+    return TrainState(**tree), metadata["step"], _Progress(**kept)
 
 
 def _check_same_data(before: dict, now: dict, config: TrainConfig) -> None:
