@@ -53,6 +53,11 @@ _MAIN = ("__main__", "__mp_main__")  # multiprocessing has a second name for it
 _SIGN = "\x1e"  # what the tokenising process tells its parent, among other output
 
 
+def default_dir() -> str:
+    """Where everything is kept that can be made again, where CACHE_DIR does not say it."""
+    return os.environ.get("DISTILL_CACHE_DIR") or "~/.cache/distill-step-by-step"
+
+
 class NoSplitError(FileNotFoundError):
     """The mixture has no such split at all, which is no fault where the split is optional."""
 
@@ -98,7 +103,7 @@ class RowsConfig:
         for field in dataclasses.fields(sources.Settings):
             default(field.name)
         default("vocabulary", vocabulary_lib.BYTES)
-        default("cache_dir", "~/.cache/distill-step-by-step")
+        default("cache_dir", default_dir())
         for field in ("parsing", "teacher_filter", "max_bad_rows"):
             if (value := getattr(self, field)) is not None:
                 object.__setattr__(self, field, sources.checked(field, value))

@@ -960,6 +960,7 @@ def execute(fn: Callable[..., Any], argv: Sequence[str]) -> Any:
     model_dir = getattr(arguments.get("config"), "model_dir", None)
     if model_dir:
         _write_config(model_dir, _operative.text())
+    _keep_programs(arguments)
     return fn(**arguments)
 
 
@@ -998,6 +999,15 @@ def _write_config(model_dir: str, text: str) -> None:
         path.write_text(text)
     except OSError as error:
         raise ConfigError(f"MODEL_DIR: cannot write {path}: {error.strerror or error}") from error
+
+
+def _keep_programs(arguments: Mapping[str, Any]) -> None:
+    """Keeps compiled programs beside the tokenised rows, for commands that have a CACHE_DIR."""
+    from distill import cache, compilation  # here, as in _write_config
+
+    folders = [value.cache_dir for value in arguments.values() if hasattr(value, "cache_dir")]
+    if folders:
+        compilation.keep_programs(folders[0] or cache.default_dir())
 
 
 def _worth_showing(record: Any) -> bool:

@@ -662,22 +662,22 @@ class MetricWriter:
     def write(self, kind: str, step: int, scalars: dict[str, float]) -> None:
         if self._folder is None:
             return
+        # A loss group that is absent has no mean: no point on the board, and null in JSON.
+        finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+        path, line = self._folder / kind / "metrics.jsonl", json.dumps({"step": step, **finite})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "://" in str(path):  # object stores cannot append
+            path.write_text((path.read_text() if path.exists() else "") + line + "\n")
+        else:
+            with path.open("a") as f:
+                f.write(line + "\n")
         if kind not in self._boards:
             from tensorboardX import SummaryWriter  # no TensorFlow; 2 s to import
 
-            (self._folder / kind).mkdir(parents=True, exist_ok=True)
-            self._boards[kind] = SummaryWriter(str(self._folder / kind))
-        # A loss group that is absent has no mean: no point on the board, and null in JSON.
-        finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+            self._boards[kind] = SummaryWriter(str(path.parent))
         for name, value in finite.items():
             if value is not None:
                 self._boards[kind].add_scalar(name, value, step)
-        path, line = self._folder / kind / "metrics.jsonl", json.dumps({"step": step, **finite})
-        if "://" in str(path):  # object stores cannot append
-            path.write_text((path.read_text() if path.exists() else "") + line + "\n")
-            return
-        with path.open("a") as f:
-            f.write(line + "\n")
 
     def __enter__(self) -> "MetricWriter":
         return self

@@ -18,6 +18,7 @@ FLOORS = {
     "metrics": 0,
     "vocabulary": 0,
     "cluster": 0,
+    "compilation": 1,
     "t5": 1,
     "partitioning": 1,
     "optim": 1,
