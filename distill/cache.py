@@ -78,8 +78,8 @@ class RowsConfig:
       rationale_store: a file of the teacher's answers, to be used in place of the sources' own.
       max_bad_rows: unusable lines of a JSON-lines file that may be left out.
       allow_missing: datasets of the mixture that may be absent.
-      cache_dir: where tokenised rows are kept; None = $DISTILL_CACHE_DIR, else
-        `~/.cache/distill-step-by-step`.
+      cache_dir: where tokenised rows are kept, and compiled programs (`compilation`); None =
+        $DISTILL_CACHE_DIR, else `~/.cache/distill-step-by-step`.
     """
 
     mixture_or_task_name: str
