@@ -22,8 +22,11 @@ from jax.experimental.pallas import triton
 
 Array = jax.Array
 
-# Queries and keys of a block: 64 x 64 scores fill the registers of 4 warps about half.
+# Queries and keys of a block, at most: 64 x 64 scores and what goes with them fill the registers of
+# 4 warps. And the bytes of a block of queries (of keys, of values), at most: several of them are in
+# shared memory, of which small GPUs have 99 KiB.
 BLOCK = 64
+BLOCK_BYTES = 8192
 # A score that may not be seen, and the least maximum a row can have. The second is larger, so that
 # exp(score - maximum) is 0 even where a row sees no key at all.
 MASKED = -1e30
@@ -66,28 +69,24 @@ def fused_attention(
       [b, q, h, d] in the type of the values.
     """
     (q, k), d = (query.shape[1], keys.shape[1]), query.shape[3]
-    # Whole blocks, as powers of 2; what is added is padding by its segment.
-    blocks = tuple(min(_block(d, query.dtype), max(16, pl.next_power_of_2(n))) for n in (q, k))
-    grow_q, grow_k = (-n % block for n, block in zip((q, k), blocks, strict=True))
-    grow_d = max(16, pl.next_power_of_2(d)) - d
+    # Triton's blocks are powers of 2, from 16 up. What is added is padding by its segment.
+    width = max(16, pl.next_power_of_2(d))
+    most = max(16, min(BLOCK, BLOCK_BYTES // (width * query.dtype.itemsize)))
+    blocks = tuple(min(most, max(16, pl.next_power_of_2(n))) for n in (q, k))
+    more_q, more_k, more_d = -q % blocks[0], -k % blocks[1], width - d
     out = _attention(
-        _grow(query, 0, grow_q, 0, grow_d), _grow(keys, 0, grow_k, 0, grow_d),
-        _grow(values, 0, grow_k, 0, grow_d),
-        None if bias is None else _grow(bias.astype(jnp.float32), 0, grow_q, grow_k),
-        _grow(query_segments, 0, grow_q), _grow(key_segments, 0, grow_k),
+        _padded(query, 0, more_q, 0, more_d), _padded(keys, 0, more_k, 0, more_d),
+        _padded(values, 0, more_k, 0, more_d),
+        None if bias is None else _padded(bias.astype(jnp.float32), 0, more_q, more_k),
+        _padded(query_segments, 0, more_q), _padded(key_segments, 0, more_k),
         blocks, causal, interpret,
     )  # fmt: skip
     return out[:, :q, :, :d]
 
 
-def _block(head_dim: int, dtype) -> int:
-    """Half a block where rows are long, or the operands outgrow the shared memory of small GPUs."""
-    return BLOCK if head_dim * jnp.dtype(dtype).itemsize <= 256 else BLOCK // 2
-
-
-def _grow(x: Array, *amounts: int) -> Array:
-    """x with zeros behind the end of each axis; x itself where there is nothing to add."""
-    return jnp.pad(x, [(0, amount) for amount in amounts] + [(0, 0)] * (x.ndim - len(amounts)))
+def _padded(x: Array, *more: int) -> Array:
+    """x with so many zeros behind the end of each axis; x itself where there are none to add."""
+    return jnp.pad(x, [(0, n) for n in more]) if any(more) else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
