@@ -27,6 +27,9 @@ Array = jax.Array
 # shared memory, of which small GPUs have 99 KiB.
 BLOCK = 64
 BLOCK_BYTES = 8192
+# True makes `t5` run the kernels as JAX operations, on any device and slowly. For tests.
+INTERPRET = False
+
 # A score that may not be seen, and the least maximum a row can have. The second is larger, so that
 # exp(score - maximum) is 0 even where a row sees no key at all.
 MASKED = -1e30

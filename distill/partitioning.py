@@ -8,6 +8,7 @@ slices) and `tensor` (heads, feed-forward and vocabulary). One mesh axis serves 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -366,16 +367,41 @@ def gather(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def activation_constraint(mesh: Mesh):
-    """The `constrain` of `t5.T5`: pins an activation to the mesh by its logical axis names."""
-    if mesh.size == 1:
-        return None
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """The `constrain` of `t5.T5`: keeps activations on their slices of a mesh."""
 
-    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    mesh: Mesh
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Pins an activation to the mesh by its logical axis names."""
+        sharding = NamedSharding(self.mesh, self._spec(x.shape, axes))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def per_device(self, function: Callable, *arrays: tuple[jax.Array | None, tuple]) -> jax.Array:
+        """`function` of arrays, where each device has its slices and needs no other's.
+
+        For what XLA cannot slice by itself, such as a kernel.
+
+        Args:
+          function: takes the arrays, returns one that is shaped and sliced like the first.
+          *arrays: (array or None, its logical axis names).
+        """
+        specs = tuple(self._spec(() if x is None else x.shape, axes) for x, axes in arrays)
+        # check_vma=False: kernels do not declare over which mesh axes their results vary.
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+        )
+        return mapped(*(x for x, _ in arrays))
+
+    def _spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
         split = (
-            names if names and size % _shards(mesh, names) == 0 else None
-            for size, names in zip(x.shape, _mesh_axes(axes), strict=True)
+            names if names and size % _shards(self.mesh, names) == 0 else None
+            for size, names in zip(shape, _mesh_axes(axes[: len(shape)]), strict=True)
         )  # an axis that does not divide (one token of decoding) stays whole
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*split)))
+        return PartitionSpec(*split)
 
-    return constrain
+
+def activation_constraint(mesh: Mesh) -> Activations | None:
+    """What `t5.T5` takes as `constrain`; None on one device, where there is nothing to pin."""
+    return None if mesh.size == 1 else Activations(mesh)

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from distill import attention
+
 Array = jax.Array
-# (array, logical axis names) -> array; lets the partitioner pin activations to the mesh. None on
-# one device, where there is nothing to pin.
+# `partitioning.Activations`: (array, logical axis names) -> array, pinned to its slice of the mesh.
+# None on one device, where there is nothing to pin.
 Constrain = Callable[[Array, tuple[str | None, ...]], Array] | None
 
 # Axes of the residual stream, which is what the backward pass keeps most of.
@@ -79,6 +81,8 @@ class T5Config:
       logits_via_embedding: True ties the logits to the embedding (T5 1.0).
       remat_policy: what the backward pass recomputes: `none`, `minimal` (what is cheap),
         `attention` (and the feed-forward block), `out` (and the attention), `full`.
+      attention: `plain`, or `fused`: kernels that keep no scores in memory, for GPUs; see
+        `distill.attention`. Decoding is always plain.
     """
 
     vocab_size: int
@@ -93,6 +97,7 @@ class T5Config:
     dropout_rate: float = 0.1
     logits_via_embedding: bool = False
     remat_policy: str = "none"
+    attention: str = "plain"
 
     def __post_init__(self):
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
@@ -118,6 +123,10 @@ class T5Config:
             raise ValueError(
                 f"T5Config.remat_policy must be one of {sorted(REMAT_POLICIES)}, "
                 f"not {self.remat_policy!r}."
+            )
+        if self.attention not in ("plain", "fused"):
+            raise ValueError(
+                f"T5Config.attention must be 'plain' or 'fused', not {self.attention!r}."
             )
 
     @property
@@ -198,6 +207,25 @@ class Dropout(nn.Module):
         return jnp.where(keep, x / (1 - self.rate), 0)
 
 
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=["causal"],
+                   data_fields=["relative", "query_segments", "key_segments"])  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What `Attention` would add to the scores, for a kernel that builds it block by block.
+
+    Attributes:
+      relative: bias of the relative positions, [1, h, q, k], float32, or None.
+      query_segments: int32 [b, q], from `token_segments`.
+      key_segments: int32 [b, k].
+      causal: True hides later keys.
+    """
+
+    relative: Array | None
+    query_segments: Array
+    key_segments: Array
+    causal: bool
+
+
 class Attention(nn.Module):
     """Multi-head attention with unscaled scores: 1 / sqrt(d) is folded into the query's init."""
 
@@ -227,28 +255,55 @@ class Attention(nn.Module):
         """[b, k, e] -> keys and values, each [b, k, h, d]."""
         return self._heads(self.key(x), "key"), self._heads(self.value(x), "value")
 
-    def __call__(self, x: Array, kv: tuple[Array, Array], bias: Array) -> Array:
+    def __call__(self, x: Array, kv: tuple[Array, Array], bias: Array | Parts) -> Array:
         """Attends from x [b, q, e] to kv ([b, k, h, d], [b, k, h, d]).
 
         Args:
           x: normalised residual stream, [b, q, e].
           kv: keys and values from `keys_values`.
           bias: added to the scores, broadcastable to [b, h, q, k], float32: mask and relative
-            positions together.
+            positions together. Or its parts, for the fused kernel.
 
         Returns:
           [b, q, e] in the compute dtype.
         """
-        keys, values = kv
         query = self._heads(self.query(x), "query")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores + bias).astype(values.dtype)
-        weights = self.dropout(weights)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+        mix = self._fused if isinstance(bias, Parts) else self._plain
+        mixed = mix(query, *kv, bias)
         # Without this the gradient comes in the slices of the stream's length, with all heads.
         mixed = _pin(self.constrain, mixed, ("batch", "length", "heads", "kv"))
         out = self.out(mixed.reshape(*mixed.shape[:-2], -1))
         return _pin(self.constrain, out, STREAM, "attention_out")
+
+    def _plain(self, query: Array, keys: Array, values: Array, bias: Array) -> Array:
+        """Mixed values, [b, q, h, d]."""
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores + bias).astype(values.dtype)
+        weights = self.dropout(weights)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+
+    def _fused(self, query: Array, keys: Array, values: Array, bias: Parts) -> Array:
+        """The same without scores in memory."""
+        if jax.default_backend() != "gpu" and not attention.INTERPRET:
+            raise ValueError(
+                "T5Config.attention='fused' is for GPUs, and JAX runs on "
+                f"{jax.default_backend()!r} here: set --gin.T5Config.attention=plain."
+            )
+        # A weight is dropped for all queries of a row at once, which is to drop the value that it
+        # multiplies. In this order of axes the mask is the one that the weights would draw.
+        values = jnp.einsum("bhdk->bkhd", self.dropout(jnp.einsum("bkhd->bhdk", values)))
+        kernel = functools.partial(
+            attention.fused_attention, causal=bias.causal, interpret=attention.INTERPRET
+        )
+        relative = None if bias.relative is None else bias.relative[0]
+        heads = ("batch", "length", "heads", "kv")
+        operands = (
+            (query, heads), (keys, heads), (values, heads), (relative, ("heads", None, None)),
+            (bias.query_segments, ("batch", "length")), (bias.key_segments, ("batch", "length")),
+        )  # fmt: skip
+        if self.constrain is not None:
+            return self.constrain.per_device(kernel, *operands)
+        return kernel(*(x for x, _ in operands))
 
 
 class MLP(nn.Module):
@@ -283,12 +338,12 @@ class EncoderLayer(nn.Module):
     constrain: Constrain
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array) -> tuple[Array, None]:
+    def __call__(self, x: Array, bias: Array | Parts) -> tuple[Array, None]:
         cfg = self.config
         drop = Dropout(cfg.dropout_rate)
         y = RMSNorm(cfg.compute_dtype, name="pre_attention_layer_norm")(x)
-        attention = Attention(cfg, self.constrain, name="attention")
-        x = x + drop(attention(y, attention.keys_values(y), bias))
+        attend = Attention(cfg, self.constrain, name="attention")
+        x = x + drop(attend(y, attend.keys_values(y), bias))
         y = RMSNorm(cfg.compute_dtype, name="pre_mlp_layer_norm")(x)
         x = x + drop(MLP(cfg, self.constrain, name="mlp")(y))
         return _pin(self.constrain, x, STREAM), None
@@ -437,10 +492,11 @@ class Encoder(nn.Module):
         # T5X drops single values, not whole channels, after the encoder's last norm only.
         self.drop_values = Dropout(cfg.dropout_rate, broadcast_length=False)
 
-    def __call__(self, embedded: Array, mask: Array) -> Array:
-        """embedded [b, k, e], mask [b, 1, k, k] (True = may attend) -> [b, k, e]."""
+    def __call__(self, embedded: Array, segments: Array) -> Array:
+        """embedded [b, k, e], from `token_segments` [b, k] -> [b, k, e]."""
         positions = jnp.arange(embedded.shape[1])
-        bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
+        relative = self.relpos_bias(positions, positions)
+        bias = _attention_bias(self.config, relative, segments, segments)
         x, _ = self.layers(self.drop(embedded), bias)
         return self.drop_values(self.encoder_norm(x))
 
@@ -471,11 +527,12 @@ class Decoder(nn.Module):
                 cfg.vocab_size, ("embed", "vocab"), init, jnp.float32, self.constrain
             )
 
-    def __call__(self, embedded, encoded, self_mask, cross_mask) -> Array:
-        """[b, q, e], [b, k, e], masks [b, 1, q, q] and [b, 1, q, k] -> states [b, q, e]."""
-        positions = jnp.arange(embedded.shape[1])
-        self_bias = self.relpos_bias(positions, positions) + jnp.where(self_mask, 0.0, MASKED)
-        cross_bias = jnp.where(cross_mask, 0.0, MASKED)
+    def __call__(self, embedded, encoded, target_segments, input_segments) -> Array:
+        """[b, q, e], [b, k, e], from `token_segments` [b, q] and [b, k] -> states [b, q, e]."""
+        cfg, positions = self.config, jnp.arange(embedded.shape[1])
+        relative = self.relpos_bias(positions, positions)
+        self_bias = _attention_bias(cfg, relative, target_segments, target_segments, causal=True)
+        cross_bias = _attention_bias(cfg, None, target_segments, input_segments)
         x, _ = self.layers(self.drop(embedded), encoded, self_bias, cross_bias)
         return self.drop(self.decoder_norm(x))
 
@@ -527,8 +584,7 @@ class T5(nn.Module):
         Returns:
           States [b, k, e] in the compute dtype.
         """
-        mask = attention_mask(tokens > 0, tokens > 0, segment_ids, segment_ids)
-        return self.encoder(self._embed(tokens), mask)
+        return self.encoder(self._embed(tokens), token_segments(tokens, segment_ids))
 
     def decode(
         self,
@@ -552,14 +608,12 @@ class T5(nn.Module):
         Returns:
           [b, q, e] in the compute dtype; `unembed` turns (a slice of) it into logits.
         """
-        real = decoder_target_tokens > 0
-        self_mask = attention_mask(real, real, decoder_segment_ids, decoder_segment_ids)
-        length = real.shape[1]
-        self_mask &= jnp.tril(jnp.ones((length, length), bool))[None, None]
-        cross_mask = attention_mask(
-            real, encoder_input_tokens > 0, decoder_segment_ids, encoder_segment_ids
+        return self.decoder(
+            self._embed(decoder_input_tokens),
+            encoded,
+            token_segments(decoder_target_tokens, decoder_segment_ids),
+            token_segments(encoder_input_tokens, encoder_segment_ids),
         )
-        return self.decoder(self._embed(decoder_input_tokens), encoded, self_mask, cross_mask)
 
     def unembed(self, states: Array) -> Array:
         """States [..., e] -> float32 logits [..., v]."""
@@ -646,25 +700,43 @@ class Embedder(nn.Module):
         return jnp.einsum("...e,ve->...v", states, self.embedding)
 
 
-def attention_mask(query_real, key_real, query_segments=None, key_segments=None) -> Array:
-    """Which query may see which key: both real and of one packed sequence.
+def token_segments(tokens: Array, segment_ids: Array | None = None) -> Array:
+    """Which packed sequence each token belongs to, int32 [b, length] from 1; 0 = padding.
 
     Args:
-      query_real: bool [b, q].
-      key_real: bool [b, k].
-      query_segments: int32 [b, q] or None.
-      key_segments: int32 [b, k] or None.
+      tokens: int32 [b, length], 0 = padding.
+      segment_ids: int32 [b, length] from 0, or None = one sequence a row.
+    """
+    return jnp.where(tokens > 0, 1 if segment_ids is None else segment_ids + 1, 0)
+
+
+def _attention_bias(
+    config: T5Config, relative: Array | None, query_segments, key_segments, causal: bool = False
+) -> Array | Parts:
+    """What `Attention` adds to the scores: both real, of one packed sequence, and not later.
+
+    Args:
+      config: says whether the parts are to stay apart.
+      relative: bias of the relative positions, [1, h, q, k], or None.
+      query_segments: int32 [b, q], from `token_segments`.
+      key_segments: int32 [b, k], from `token_segments`.
+      causal: True hides keys behind a query's own position.
 
     Returns:
-      bool [b, 1, q, k].
+      float32 [b, h or 1, q, k], or Parts.
     """
-    mask = query_real[:, None, :, None] & key_real[:, None, None, :]
-    if query_segments is not None:
-        mask &= query_segments[:, None, :, None] == key_segments[:, None, None, :]
-    return mask
+    if config.attention == "fused":
+        return Parts(relative, query_segments, key_segments, causal)
+    query, key = query_segments[:, None, :, None], key_segments[:, None, None, :]
+    mask = (query == key) & (query > 0)
+    if causal:
+        mask &= jnp.tril(jnp.ones(mask.shape[2:], bool))[None, None]
+    masked = jnp.where(mask, 0.0, MASKED)
+    return masked if relative is None else relative + masked
 
 
 def _init_boxed(config: T5Config, rng: Array):
+    config = dataclasses.replace(config, attention="plain")  # the same parameters, on any device
     tokens = jnp.ones((1, 1), jnp.int32)
     names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
     return T5(config).init(rng, {name: tokens for name in names})["params"]

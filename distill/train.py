@@ -388,7 +388,8 @@ def train(
             "parsing": data.parsing,
             "rationale_store": data.rationale_store,
             "allow_missing": list(data.allow_missing),
-            "model": dataclasses.asdict(model),
+            # "fused" is a wish of this machine, not of the model: who reads may have no GPU.
+            "model": dataclasses.asdict(dataclasses.replace(model, attention="plain")),
             "objective": repr(objective),
             "metrics": {f"{s.task}/{s.split}": s.metrics for s in scores},
         }

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # docs/architecture.md. A module imports only from lower floors.
 FLOORS = {
+    "attention": 0,
     "losses": 0,
     "packing": 0,
     "metrics": 0,
@@ -45,8 +46,10 @@ FLOORS = {
     "configure": 8,
 }
 # What the accelerator runs; see `test_accelerator_side_imports_little`.
-ACCELERATOR_SIDE = ("t5", "objectives", "losses", "optim", "partitioning", "decode", "train",
-                    "estimate", "plan", "hlo")  # fmt: skip
+ACCELERATOR_SIDE = (
+    "t5", "attention", "objectives", "losses", "optim", "partitioning", "decode", "train",
+    "estimate", "plan", "hlo",
+)  # fmt: skip
 HEAVY = (
     "grain", "array_record", "seqio", "gin", "tensorflow", "tensorflow_datasets", "torch", "t5x",
 )  # fmt: skip
@@ -55,6 +58,7 @@ ONLY_IN = {
     "gin": {"configure"},
     "jax.sharding": {"partitioning"},
     "flax.linen": {"t5"},
+    "jax.experimental.pallas": {"attention"},
     "orbax": {"checkpoints"},
     "seqio": {"task", "vocabulary", "t5x_adapter"},
     "tensorflow": {"task", "t5x_adapter"},

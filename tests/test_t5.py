@@ -200,7 +200,7 @@ def test_initial_values_follow_t5x():
 @pytest.mark.parametrize(
     "field,value",
     [("emb_dim", 0), ("dropout_rate", 1.0), ("mlp_activations", ("tanh",)), ("dtype", "float16"),
-     ("remat_policy", "some")],
+     ("remat_policy", "some"), ("attention", "flash")],
 )  # fmt: skip
 def test_bad_sizes_are_named(field, value):
     with pytest.raises(ValueError, match=field):
