@@ -143,7 +143,9 @@ def loss_and_gradients(config, params, batch, constrain=None, dropout=False):
         forward = train.make_forward(net, params, rng)
         return objectives.StepByStep(alpha=0.5)(forward, batch, counts)[0]
 
-    return jax.jit(jax.value_and_grad(loss))(params, batch)
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(params, batch)
+    # Interpreted kernels are much code that runs once: compiling it well would take longest.
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(params, batch)
 
 
 def packed_batch(rows: int):
@@ -157,16 +159,12 @@ def packed_batch(rows: int):
     return batch
 
 
-@pytest.mark.parametrize(
-    ("policy", "dropout"), [("none", 0.0), ("minimal", 0.3)], ids=["as is", "remat and dropout"]
-)
-def test_training_is_that_of_plain_attention(interpreted, policy, dropout):
-    config = dataclasses.replace(TINY, remat_policy=policy, dropout_rate=dropout)
+def test_training_is_that_of_plain_attention(interpreted):
+    """Also where the backward pass computes it anew, with dropout."""
+    config = dataclasses.replace(TINY, remat_policy="minimal", dropout_rate=0.3)
     params, batch = numpy_params(config, scale=0.2), packed_batch(2)
     fused = dataclasses.replace(config, attention="fused")
-    want, got = (
-        loss_and_gradients(c, params, batch, dropout=bool(dropout)) for c in (config, fused)
-    )
+    want, got = (loss_and_gradients(c, params, batch, dropout=True) for c in (config, fused))
     assert_close(got, want)
 
 
@@ -210,9 +208,7 @@ def test_kernels_become_triton_programs(dtype):
     # jax 0.12 wants to know which GPU; 0.10 takes one if there is none.
     device = contextlib.nullcontext()
     if hasattr(jax.sharding, "AbstractDevice") and hasattr(jax.sharding, "use_abstract_mesh"):
-        gpu = jax.sharding.AbstractDevice(
-            device_kind="NVIDIA H100", num_cores=None, platform="gpu"
-        )
+        gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
         device = jax.sharding.use_abstract_mesh(
             jax.sharding.AbstractMesh((), (), abstract_device=gpu)
         )
