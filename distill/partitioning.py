@@ -387,7 +387,9 @@ class Activations:
           function: takes the arrays, returns one that is shaped and sliced like the first.
           *arrays: (array or None, its logical axis names).
         """
-        specs = tuple(self._spec(() if x is None else x.shape, axes) for x, axes in arrays)
+        specs = tuple(
+            PartitionSpec() if x is None else self._spec(x.shape, axes) for x, axes in arrays
+        )
         # check_vma=False: kernels do not declare over which mesh axes their results vary.
         mapped = jax.shard_map(
             function, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
@@ -397,7 +399,7 @@ class Activations:
     def _spec(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
         split = (
             names if names and size % _shards(self.mesh, names) == 0 else None
-            for size, names in zip(shape, _mesh_axes(axes[: len(shape)]), strict=True)
+            for size, names in zip(shape, _mesh_axes(axes), strict=True)
         )  # an axis that does not divide (one token of decoding) stays whole
         return PartitionSpec(*split)
 
