@@ -733,7 +733,9 @@ def _with_vocabulary(found: Mapping[str, Tensor], model: t5.T5Config) -> dict[st
 
 
 def load(weights: Weights, model: t5.T5Config, abstract: PyTree | None = None) -> PyTree:
-    """Reads a checkpoint into float32 arrays, each device only what it holds.
+    """Reads a checkpoint into arrays of the model's type, each device only what it holds.
+
+    What a file holds in more bits than the model has is rounded to nearest.
 
     Args:
       weights: from `open_weights`.
@@ -758,9 +760,13 @@ def load(weights: Weights, model: t5.T5Config, abstract: PyTree | None = None) -
             "the last ones are cut off" if weights.model.vocab_size > model.vocab_size
             else "the rest are copies of the padding token's",
         )  # fmt: skip
-    stored = sorted({x.dtype.name for x in weights.tensors.values()} - {"float32"})
+    stored = sorted({x.dtype.name for x in weights.tensors.values()} - {model.param_dtype})
     if stored:
-        logging.info("%s holds %s, read as float32", weights.path, " and ".join(stored))
+        logging.info(
+            "%s holds %s, %s %s", weights.path, " and ".join(stored),
+            "rounded to nearest" if model.param_dtype == "bfloat16" else "read as",
+            model.param_dtype,
+        )  # fmt: skip
     elif weights.kind == OURS and abstract is not None:
         if weights.model.vocab_size == model.vocab_size:  # Orbax reads shards by itself
             return checkpoints.restore(weights.path, abstract, subtree="params")[0]
@@ -794,7 +800,7 @@ def _read(tensor: Tensor, spec: Any) -> Any:
 
 def read_params(weights: Weights) -> PyTree:
     """All parameters as numpy float32, in the checkpoint's own size."""
-    return load(weights, weights.model)
+    return load(weights, dataclasses.replace(weights.model, param_dtype="float32"))
 
 
 def load_slots(weights: Weights, abstract: PyTree) -> PyTree | None:

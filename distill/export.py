@@ -113,7 +113,7 @@ def save_t5x(
 def save_ours(
     folder: epath.PathLike, weights: convert.Weights, vocabulary: str | None = None
 ) -> epath.Path:
-    """Writes `checkpoint_<step>` of this project, to start from or to evaluate.
+    """Writes `checkpoint_<step>` of this project in float32, to start from or to evaluate.
 
     It is read back and compared like the others; its manifest, written last, is what makes it a
     checkpoint, so there is no temporary folder.
@@ -135,7 +135,7 @@ def save_ours(
     metadata = {
         "step": weights.step,
         "base_step": weights.step,
-        "model": dataclasses.asdict(weights.model),
+        "model": dataclasses.asdict(dataclasses.replace(weights.model, param_dtype="float32")),
         "vocabulary": vocabulary or weights.vocabulary,
         "converted_from": str(weights.path),
     }
@@ -204,7 +204,7 @@ def _tensors(params: PyTree | convert.Weights, model: t5.T5Config) -> dict[str, 
         name: tensors.cast(x, float32) if x.dtype.name in convert.FLOATS else x
         for name, x in found.items()
     }
-    want = {n: (x.shape, x.dtype.name) for n, x in t5x.flatten(t5.param_shapes(model)).items()}
+    want = {n: (x.shape, "float32") for n, x in t5x.flatten(t5.param_shapes(model)).items()}
     have = {name: (x.shape, x.dtype.name) for name, x in found.items()}
     checkpoints.require_match("the tree of parameters", want, have)
     return found

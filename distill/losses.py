@@ -115,6 +115,8 @@ def sum_in_chunks(
                 lambda params, states: fn(states, *part[1:], *params), params, part[0], has_aux=True
             )
             d_params, d_states = pullback(jnp.ones_like(scalar))
+            # To be summed in float32, whatever type the parameters have.
+            d_params = jax.tree.map(lambda g: g.astype(jnp.float32), d_params)
             return ((scalar, sums), d_params), d_states
 
         def step(value, part):
@@ -123,6 +125,7 @@ def sum_in_chunks(
 
         shapes = jax.eval_shape(value_and_grad, first)[0]
         (value, d_params), d_states = jax.lax.scan(step, zeros(shapes), (states, *rest))
+        d_params = jax.tree.map(lambda g, p: g.astype(p.dtype), d_params, params)
         return value, (d_params, d_states)
 
     def backward(grads, cotangent):

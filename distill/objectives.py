@@ -76,7 +76,8 @@ class Standard:
     Attributes:
       z_loss: see `losses.cross_entropy`.
       label_smoothing: see `losses.cross_entropy`.
-      logits_chunk: tokens of the length whose logits are held at a time; None = all.
+      logits_chunk: tokens of the length whose logits are held at a time; None = all, but `train`
+        then chooses by their size.
     """
 
     z_loss: float = 1e-4
@@ -115,7 +116,8 @@ class StepByStep:
       alpha: weight of the labels, in [0, 1]; the paper uses 0.5.
       z_loss: see `losses.cross_entropy`; weighted by group like the cross entropy.
       label_smoothing: see `losses.cross_entropy`.
-      logits_chunk: tokens of the length whose logits are held at a time; None = all.
+      logits_chunk: tokens of the length whose logits are held at a time; None = all, but `train`
+        then chooses by their size.
     """
 
     alpha: float = 0.5
@@ -159,7 +161,9 @@ def _check(objective: Objective) -> None:
         )
     chunk = objective.logits_chunk
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"logits_chunk must be a positive integer or None, not {chunk!r}.")
+        raise ValueError(
+            f"logits_chunk (LOGITS_CHUNK) must be a positive integer or None, not {chunk!r}."
+        )
 
 
 def _weighted_cross_entropy(objective: Objective, forward: Forward, batch: Batch, counts: Array):

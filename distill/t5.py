@@ -68,8 +68,10 @@ class T5Config:
 
     Attributes:
       vocab_size: rows of the embedding; a vocabulary with fewer ids is padded up to it.
-      dtype: compute type, `float32` or `bfloat16`; parameters are always float32, and so are
-        logits, softmax and layer norm statistics. `auto` is bfloat16 on TPU and GPU, else float32.
+      dtype: compute type, `float32` or `bfloat16`; logits, softmax and layer norm statistics are
+        always float32. `auto` is bfloat16 on TPU and GPU, else float32.
+      param_dtype: type that parameters are kept in, `float32` or `bfloat16`; with the latter
+        training rounds every update stochastically (`optim.apply_updates`).
       emb_dim: width of the residual stream.
       num_heads: attention heads.
       num_encoder_layers: layers of the encoder.
@@ -87,6 +89,7 @@ class T5Config:
 
     vocab_size: int
     dtype: str = "auto"
+    param_dtype: str = "float32"
     emb_dim: int = 512
     num_heads: int = 6
     num_encoder_layers: int = 8
@@ -110,6 +113,11 @@ class T5Config:
             raise ValueError(
                 f"T5Config.dtype must be 'auto', 'float32' or 'bfloat16', not {self.dtype!r}"
                 " (float16 overflows in T5)."
+            )
+        if self.param_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                "T5Config.param_dtype must be 'float32' or 'bfloat16', not "
+                f"{self.param_dtype!r} (PARAM_DTYPE)."
             )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"T5Config.dropout_rate must be in [0, 1), not {self.dropout_rate!r}.")
@@ -144,7 +152,7 @@ def _pin(constrain: Constrain, x: Array, axes: tuple[str | None, ...], name: str
 
 
 def _kernel(module: nn.Module, name: str, shape, axes, init) -> Array:
-    """A float32 parameter that knows the logical name of each of its axes."""
+    """A parameter that knows the logical name of each of its axes; `init_params` casts it."""
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
@@ -743,8 +751,9 @@ def _init_boxed(config: T5Config, rng: Array):
 
 
 def init_params(config: T5Config, rng: Array):
-    """Random float32 parameters as a nested dict of arrays, initialised as T5X does."""
-    return nn.unbox(_init_boxed(config, rng))
+    """Random parameters as a nested dict of arrays, drawn in float32 as T5X does, then rounded."""
+    dtype = jnp.dtype(config.param_dtype)
+    return jax.tree.map(lambda x: x.astype(dtype), nn.unbox(_init_boxed(config, rng)))
 
 
 @functools.cache  # a run asks for shapes and axes several times, and each time would be a trace

@@ -5,7 +5,6 @@ from `data.TrainBatches`, checkpoints go to `checkpoints.Checkpointer`, and a ru
 again in the same MODEL_DIR goes on where its newest checkpoint ends.
 """
 
-import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -44,6 +43,9 @@ from distill import vocabulary as vocabulary_lib
 # More padded tokens than this at once are slower on a CPU, whose caches they leave (measured for
 # the tiny model), and cost memory.
 CPU_TOKENS_PER_MICROBATCH = 4096
+# Where LOGITS_CHUNK is not given, a device holds at most so many bytes of float32 logits at a time:
+# 2,000 target tokens of T5's vocabulary. Smaller slices save less than the rest of the step holds.
+LOGITS_BYTES = 256 << 20
 # After this many updates in a row that were skipped as not finite the run stops.
 MAX_SKIPPED = 10
 # The supervisor's sign for "preempted, start me again" (EX_TEMPFAIL of sysexits.h).
@@ -133,7 +135,7 @@ class TrainState:
 
     Attributes:
       step: global step, int32 scalar.
-      params: the model's parameters, float32.
+      params: the model's parameters, in `T5Config.param_dtype`.
       opt_state: the optimizer's.
     """
 
@@ -150,6 +152,10 @@ def make_forward(net: t5.T5, params: Any, rng: jax.Array | None = None) -> objec
         states=lambda batch: net.apply(variables, batch, rngs=rngs, method="states"),
         unembed=lambda states: net.apply(variables, states, method="unembed"),
     )
+
+
+# What rounding folds into a step's key, where micro-batches fold their number.
+_ROUNDING = 2**32 - 1
 
 
 def train_step(
@@ -171,7 +177,7 @@ def train_step(
     Args:
       state: before the update.
       batch: int32 [rows, length] arrays under T5X's batch keys and `decoder_loss_groups`.
-      rng: the run's key; dropout folds the step into it.
+      rng: the run's key; dropout and the rounding of bfloat16 parameters fold the step into it.
       net: the network.
       objective: what to minimise.
       tx: the optimizer.
@@ -188,7 +194,11 @@ def train_step(
         dropout = key if net.config.dropout_rate else None
         return objective(make_forward(net, params, dropout), part, counts)
 
-    grad_fn = jax.value_and_grad(loss_and_sums, has_aux=True)
+    def grad_fn(params, part, key):
+        value, grads = jax.value_and_grad(loss_and_sums, has_aux=True)(params, part, key)
+        # They come in the parameters' type; what is made of them is float32.
+        return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
     if num_microbatches == 1:
         (loss, sums), grads = grad_fn(state.params, batch, rng)
     else:
@@ -207,7 +217,7 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = optim.apply_updates(state.params, updates, jax.random.fold_in(rng, _ROUNDING))
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (params, opt_state), (state.params, state.opt_state),
@@ -317,6 +327,10 @@ def train(
         loader_processes=0,
     )  # fmt: skip
     validation, test = (_held_out(held_out, split, shards) for split in ("validation", "test"))
+    rows, length = batches.plan(0).rows, batches.capacity["targets"]
+    logits = 4 * rows * length * model.vocab_size // devices.size  # bytes on a device
+    eval_objective = _in_slices(objective, logits, length)
+    objective = _in_slices(objective, logits // num_microbatches, length)
 
     # 2. The state: a checkpoint of this run, else the initial checkpoint, else random.
     is_writer = jax.process_index() == 0
@@ -355,7 +369,7 @@ def train(
 
     # 3. Programs.
     step_fn = jit_step(net, objective, tx, num_microbatches)
-    eval_fn = jax.jit(functools.partial(eval_step, net=net, objective=objective))
+    eval_fn = jax.jit(functools.partial(eval_step, net=net, objective=eval_objective))
     replicated = partitioning.replicated(devices)
     # jit, since device_put reaches the devices of this process only.
     dropout_rng = jax.jit(jax.random.key, out_shardings=replicated)(config.random_seed)
@@ -369,7 +383,8 @@ def train(
     if is_writer:
         print(
             _summary(
-                corpus, batches, net, config, devices, (start_step, last_step), num_microbatches
+                corpus, batches, net, config, devices, (start_step, last_step), num_microbatches,
+                objective,
             )
         )
 
@@ -539,6 +554,22 @@ def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
     return next(parts, rows // shards)  # at most one row of each shard at a time
 
 
+def _in_slices(
+    objective: objectives.Objective, logits_bytes: int, length: int
+) -> objectives.Objective:
+    """The objective with a `logits_chunk` that keeps slices below LOGITS_BYTES, if it has none.
+
+    Args:
+      objective: as configured.
+      logits_bytes: of the whole logits [rows, length, vocab] of a micro-batch on one device.
+      length: of the targets, in tokens.
+    """
+    slices = -(-logits_bytes // LOGITS_BYTES)
+    if objective.logits_chunk is not None or slices <= 1:
+        return objective
+    return dataclasses.replace(objective, logits_chunk=-(-length // slices))
+
+
 def _initial_params(
     config: TrainConfig, saver: checkpoints.Checkpointer, net: t5.T5, mesh, slots: bool
 ) -> tuple[Any, int, convert.Weights | None]:
@@ -555,14 +586,23 @@ def _initial_params(
                 path, saver.folder, newest,
             )  # fmt: skip
         for step in reversed(saver.steps()):
-            with contextlib.suppress(ValueError):  # damaged: restoring quarantines it
+            try:
                 metadata = checkpoints.read_metadata(saver.folder / f"checkpoint_{step}")
-                if "converted_from" in metadata:
-                    raise FileExistsError(
-                        f"MODEL_DIR={saver.folder} holds a converted checkpoint, not a run. Give "
-                        "it as INITIAL_CHECKPOINT_PATH, and choose another MODEL_DIR."
-                    )
-                return None, metadata["base_step"], None
+            except ValueError:  # damaged: restoring quarantines it
+                continue
+            if "converted_from" in metadata:
+                raise FileExistsError(
+                    f"MODEL_DIR={saver.folder} holds a converted checkpoint, not a run. Give "
+                    "it as INITIAL_CHECKPOINT_PATH, and choose another MODEL_DIR."
+                )
+            was = metadata["model"].get("param_dtype", "float32")  # absent before there was one
+            if was != net.config.param_dtype:
+                raise ValueError(
+                    f"The run in MODEL_DIR={saver.folder} keeps its parameters in {was}, this one "
+                    f"in {net.config.param_dtype}. Set --gin.PARAM_DTYPE={was}, or start another "
+                    "run from it: its folder as INITIAL_CHECKPOINT_PATH, and another MODEL_DIR."
+                )
+            return None, metadata["base_step"], None
         raise FileNotFoundError(f"No intact checkpoint in {saver.folder}.")
 
     abstract = evaluate.abstract_params(net, mesh)
@@ -807,8 +847,10 @@ def _evaluate(
     return scores
 
 
-def _summary(corpus, batches, net, config, mesh, steps, num_microbatches) -> str:
+def _summary(corpus, batches, net, config, mesh, steps, num_microbatches, objective) -> str:
     """What is about to run, in a few lines."""
+    kept = net.config.param_dtype
+    chunk = objective.logits_chunk
     plan = batches.plan(0)
     waste = batches.waste(plan, packing.Flops.of(net.config))
     cut = {name: n for name, n in batches.truncated.items() if n}
@@ -816,12 +858,14 @@ def _summary(corpus, batches, net, config, mesh, steps, num_microbatches) -> str
         [
             f"{corpus.name}: {batches.num_pairs:,} examples, {batches.num_sequences:,} sequences"
             + (f", cut to fit: {cut}" if cut else ""),
-            f"student: {t5.param_count(net.config):,} parameters, {net.config.compute_dtype}",
+            f"student: {t5.param_count(net.config):,} parameters, {net.config.compute_dtype}"
+            + (f", kept in {kept}" if kept != "float32" else ""),
             f"a step: {plan.examples.mean():.1f} examples in {plan.rows} rows of "
             f"{batches.capacity['inputs']} + {batches.capacity['targets']} tokens, "
             f"{plan.tokens.mean():,.0f} real (padding: {waste.inputs:.0%} of inputs, "
             f"{waste.targets:.0%} of targets, {waste.flops:.2f} x the FLOPs needed), "
-            f"{num_microbatches} micro-batch{'es' if num_microbatches > 1 else ''}",
+            f"{num_microbatches} micro-batch{'es' if num_microbatches > 1 else ''}"
+            + (f", logits of {chunk} positions at a time" if chunk else ""),
             f"steps {steps[0]} to {steps[1]} in {config.model_dir} on {mesh.size} "
             f"{jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
             + (f", {partitioning.describe(mesh)}" if mesh.size > 1 else ""),

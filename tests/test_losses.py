@@ -101,3 +101,17 @@ def test_sum_in_chunks_holds_one_slice_of_the_logits():
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(kernel, states).compile()
     one_slice, all_slices = 2 * 8 * 1000 * 4, 2 * 64 * 1000 * 4  # bytes
     assert one_slice < compiled.memory_analysis().temp_size_in_bytes < all_slices
+
+
+def test_sum_in_chunks_adds_gradients_in_float32():
+    """512 slices with a gradient of 1 each: in the kernel's own type the sum would stop at 256."""
+    states, kernel = jnp.ones((1, 512, 2)), jnp.ones((2, 3), jnp.bfloat16)
+
+    def loss(kernel):
+        def part(states, weights):
+            return jnp.sum(states @ kernel.astype(jnp.float32)), ()
+
+        return losses.sum_in_chunks(part, states, (jnp.ones((1, 512)),), 1)[0]
+
+    grad = jax.grad(loss)(kernel)
+    assert grad.dtype == jnp.bfloat16 and (grad == 512).all()

@@ -326,3 +326,14 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [objectives.StepByStep, objectives.Standard])
+def test_large_logits_are_sliced_unless_told_otherwise(kind, monkeypatch):
+    monkeypatch.setattr(train, "LOGITS_BYTES", 1000)
+    objective, given = kind(), kind(logits_chunk=7)
+    assert train._in_slices(objective, 1000, 30) is objective
+    assert train._in_slices(objective, 1001, 30).logits_chunk == 15
+    assert train._in_slices(objective, 3100, 30).logits_chunk == 8  # four slices
+    assert train._in_slices(given, 3100, 30) is given
+    assert train._in_slices(objective, 10**6, 30).logits_chunk == 1
