@@ -243,7 +243,9 @@ def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
     rng = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=partitioning.replicated(mesh))
     partitioning.check_lengths(mesh, {"inputs": work.inputs, "targets": work.targets})
-    step = train.jit_step(net, setup.objective, tx, work.num_microbatches)
+    rows = work.rows / len(devices) / work.num_microbatches
+    objective = train.in_slices(setup.objective, rows, work.targets, setup.model.vocab_size)
+    step = train.jit_step(net, objective, tx, work.num_microbatches)
     return step.lower(state, abstract_batch(mesh, work), rng), state
 
 
@@ -438,15 +440,15 @@ def search(setup: Setup, where: Topology, most: int = 3) -> Iterator[tuple[Setup
     ordered = candidates(setup, where)
     if not ordered:
         raise ValueError(
-            f"BATCH_SIZE={setup.work.rows} rows cannot be divided among {where.size} devices: "
-            f"choose a multiple of {where.size}, or of {where.size} / 2, / 4 or / 8 (tensor)."
+            f"BATCH_SIZE={setup.work.rows} rows cannot be divided among {where.size} devices, of "
+            f"which at most 8 can share rows (tensor): choose a multiple of {where.size}."
         )
     fit = 0
     for one, guess in ordered[: 4 * most]:
         plan = compile_train(one, where) if where.devices else guess
         yield one, plan
         fit += plan.fits
-        if fit == most or (fit and not where.devices and fit == most):
+        if fit == most:
             return
 
 

@@ -763,7 +763,9 @@ def _abstract_boxed(config: T5Config):
 
 def param_shapes(config: T5Config):
     """The tree of `init_params` as `jax.ShapeDtypeStruct`s; allocates nothing."""
-    return nn.unbox(_abstract_boxed(config))
+    dtype = jnp.dtype(config.param_dtype)
+    shapes = nn.unbox(_abstract_boxed(config))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
 def param_axes(config: T5Config):

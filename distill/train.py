@@ -327,10 +327,9 @@ def train(
         loader_processes=0,
     )  # fmt: skip
     validation, test = (_held_out(held_out, split, shards) for split in ("validation", "test"))
-    rows, length = batches.plan(0).rows, batches.capacity["targets"]
-    logits = 4 * rows * length * model.vocab_size // devices.size  # bytes on a device
-    eval_objective = _in_slices(objective, logits, length)
-    objective = _in_slices(objective, logits // num_microbatches, length)
+    rows, length = batches.plan(0).rows / devices.size, batches.capacity["targets"]
+    eval_objective = in_slices(objective, rows, length, model.vocab_size)
+    objective = in_slices(objective, rows / num_microbatches, length, model.vocab_size)
 
     # 2. The state: a checkpoint of this run, else the initial checkpoint, else random.
     is_writer = jax.process_index() == 0
@@ -554,17 +553,18 @@ def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
     return next(parts, rows // shards)  # at most one row of each shard at a time
 
 
-def _in_slices(
-    objective: objectives.Objective, logits_bytes: int, length: int
+def in_slices(
+    objective: objectives.Objective, rows: float, length: int, vocab_size: int
 ) -> objectives.Objective:
     """The objective with a `logits_chunk` that keeps slices below LOGITS_BYTES, if it has none.
 
     Args:
       objective: as configured.
-      logits_bytes: of the whole logits [rows, length, vocab] of a micro-batch on one device.
+      rows: of a micro-batch, on one device of those that share rows and vocabulary.
       length: of the targets, in tokens.
+      vocab_size: of the model.
     """
-    slices = -(-logits_bytes // LOGITS_BYTES)
+    slices = math.ceil(4 * rows * length * vocab_size / LOGITS_BYTES)
     if objective.logits_chunk is not None or slices <= 1:
         return objective
     return dataclasses.replace(objective, logits_chunk=-(-length // slices))

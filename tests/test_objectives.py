@@ -330,10 +330,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
 
 @pytest.mark.parametrize("kind", [objectives.StepByStep, objectives.Standard])
 def test_large_logits_are_sliced_unless_told_otherwise(kind, monkeypatch):
-    monkeypatch.setattr(train, "LOGITS_BYTES", 1000)
+    monkeypatch.setattr(train, "LOGITS_BYTES", 4 * 30 * 10)  # one row of 30 tokens, 10 ids
     objective, given = kind(), kind(logits_chunk=7)
-    assert train._in_slices(objective, 1000, 30) is objective
-    assert train._in_slices(objective, 1001, 30).logits_chunk == 15
-    assert train._in_slices(objective, 3100, 30).logits_chunk == 8  # four slices
-    assert train._in_slices(given, 3100, 30) is given
-    assert train._in_slices(objective, 10**6, 30).logits_chunk == 1
+    assert train.in_slices(objective, 1, 30, 10) is objective
+    assert train.in_slices(objective, 2, 30, 10).logits_chunk == 15
+    assert train.in_slices(objective, 1.1, 30, 10).logits_chunk == 15
+    assert train.in_slices(objective, 4, 30, 10).logits_chunk == 8  # four slices
+    assert train.in_slices(given, 4, 30, 10) is given
+    assert train.in_slices(objective, 1000, 30, 10).logits_chunk == 1

@@ -54,8 +54,8 @@ def test_search_says_that_nothing_fits():
 
 
 def test_rows_that_no_mesh_divides():
-    with pytest.raises(ValueError, match="BATCH_SIZE=7 .* choose a multiple of 8"):
-        list(plan.search(setup(rows=7), plan.topology("h100-80gb:8")))
+    with pytest.raises(ValueError, match="BATCH_SIZE=7 .* choose a multiple of 16"):
+        list(plan.search(setup(rows=7), plan.topology("h100-80gb:16")))
 
 
 def command(*arguments):
