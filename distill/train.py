@@ -155,7 +155,7 @@ def make_forward(net: t5.T5, params: Any, rng: jax.Array | None = None) -> objec
 
 
 # What rounding folds into a step's key, where micro-batches fold their number.
-_ROUNDING = 2**32 - 1
+_ROUNDING = 2**31 - 1
 
 
 def train_step(
@@ -217,7 +217,9 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optim.apply_updates(state.params, updates, jax.random.fold_in(rng, _ROUNDING))
+    # The key waits for the gradients, else XLA may draw all bits first and hold them meanwhile.
+    rounding = jax.random.fold_in(rng, jnp.where(finite, _ROUNDING, 0))
+    params = optim.apply_updates(state.params, updates, rounding)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (params, opt_state), (state.params, state.opt_state),
