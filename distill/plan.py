@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -249,6 +251,19 @@ def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
     return step.lower(state, abstract_batch(mesh, work), rng), state
 
 
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """Compiles, and reads the program's text.
+
+    The compiler writes the text into a folder: `Compiled.as_text` cannot read all that a newer
+    libtpu makes (jax 0.10.2: "async-update instruction should have 1 operands").
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (text,) = pathlib.Path(folder).glob("*after_optimizations.txt")
+        return compiled, text.read_text()
+
+
 def compile_train(setup: Setup, where: Topology) -> Plan:
     """Compiles the step that training runs.
 
@@ -264,7 +279,7 @@ def compile_train(setup: Setup, where: Topology) -> Plan:
         "optimizer": estimate.bytes_on_device(state.opt_state),
     }
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -277,7 +292,7 @@ def compile_train(setup: Setup, where: Topology) -> Plan:
         )  # fmt: skip
     seconds = time.monotonic() - started
     memory = compiled.memory_analysis()
-    cost = hlo.cost(compiled.as_text())
+    cost = hlo.cost(text)
     held["batch"] = memory.argument_size_in_bytes - sum(held.values())
     held["temporaries"] = memory.temp_size_in_bytes
     held["code"] = memory.generated_code_size_in_bytes
@@ -326,10 +341,11 @@ def compile_decode(setup: Setup, where: Topology, rows: int, max_length: int) ->
         (rows, setup.work.inputs), jnp.int32, sharding=partitioning.batch_sharding(mesh)
     )
     params = evaluate.abstract_params(net, mesh)
-    compiled = decode.greedy.lower(params, tokens, model=net, max_length=max_length).compile()
+    lowered = decode.greedy.lower(params, tokens, model=net, max_length=max_length)
+    compiled, text = _compile(lowered)
     memory = compiled.memory_analysis()
     # The loop ends when all rows have; its text has no number of rounds, so they are put in here.
-    cost = hlo.cost(compiled.as_text(), unknown_rounds=max_length)
+    cost = hlo.cost(text, unknown_rounds=max_length)
     chip = where.chip
     return {
         "peak": memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,

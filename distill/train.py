@@ -384,7 +384,13 @@ def train(
     if is_writer:
         print(
             _summary(
-                corpus, batches, net, config, devices, (start_step, last_step), num_microbatches,
+                corpus,
+                batches,
+                net,
+                config,
+                devices,
+                (start_step, last_step),
+                num_microbatches,
                 objective,
             )
         )
