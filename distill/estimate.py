@@ -124,26 +124,35 @@ def bytes_on_device(tree: Any) -> float:
     ))  # fmt: skip
 
 
-def saved_per_layer(model: t5.T5Config, inputs: float, targets: float, tensor: int) -> tuple:
+def saved_per_layer(model: t5.T5Config, work: Work, rows: float, tensor: int) -> tuple:
     """Bytes that the backward pass finds of one encoder and one decoder layer.
 
     Args:
       model: its sizes, compute type and remat policy.
-      inputs: input positions on a device.
-      targets: target positions on a device.
+      work: lengths of a row.
+      rows: of a micro-batch on a device.
       tensor: slices of heads, feed-forward and the stream's length.
     """
     size = model.compute_dtype.itemsize
+    inputs, targets = rows * work.inputs, rows * work.targets
     stream = size * model.emb_dim / tensor
     heads = size * model.num_heads * model.head_dim / tensor
     wide = size * model.mlp_dim * len(model.mlp_activations) / tensor
-    qkv = {"minimal", "attention"}
     policy = model.remat_policy
+    if policy == "none":
+        # What elementwise operations need is kept, too: of the scores the softmax in float32, its
+        # cast and what dropout leaves; the stream some ten times over, the wide layer four times.
+        scores = (4 + 2 * size) * model.num_heads / tensor
+        encoder = inputs * (10 * stream + 4 * heads + 4 * wide + scores * work.inputs)
+        decoder = targets * (15 * stream + 6 * heads + 4 * wide)
+        decoder += targets * scores * (work.targets + work.inputs) + inputs * 2 * heads
+        return encoder, decoder
     encoder, decoder = stream * inputs, stream * targets
+    qkv = ("minimal", "attention")
     if policy in qkv:
         encoder += 3 * heads * inputs
         decoder += 4 * heads * targets + 2 * heads * inputs
-    if policy in {*qkv, "out"}:
+    if policy in (*qkv, "out"):
         encoder += stream * inputs
         decoder += 2 * stream * targets
     if policy == "minimal":
@@ -166,7 +175,7 @@ def memory(
     """
     tensor, batch_shards = mesh["tensor"], mesh["data"] * mesh["fsdp"]
     rows = work.rows / batch_shards / work.num_microbatches
-    encoder, decoder = saved_per_layer(model, rows * work.inputs, rows * work.targets, tensor)
+    encoder, decoder = saved_per_layer(model, work, rows, tensor)
     saved = model.num_encoder_layers * encoder + model.num_decoder_layers * decoder
     heads = rows * model.num_heads / tensor
     scores = max(

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from distill import (
     decode,
@@ -205,21 +206,28 @@ def _has_libtpu() -> bool:
 # --- Compiling ------------------------------------------------------------------------------------
 
 
-def abstract_batch(mesh: Any, work: estimate.Work) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a packed batch as `data.TrainBatches` makes them; allocates nothing."""
-    sharding = partitioning.batch_sharding(mesh)
+def abstract_inputs(
+    net: t5.T5, tx: optax.GradientTransformation, mesh: Any, work: estimate.Work
+) -> tuple[train.TrainState, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """State, packed batch and key as training gives them to its step; allocates nothing."""
 
     def array(length: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((work.rows, length), jnp.int32, sharding=sharding)
+        return jax.ShapeDtypeStruct(
+            (work.rows, length), jnp.int32, sharding=partitioning.batch_sharding(mesh)
+        )
 
-    names = {
-        work.inputs: ("encoder_input_tokens", "encoder_segment_ids"),
-        work.targets: (
-            "decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids",
-            "decoder_loss_weights", "decoder_loss_groups",
-        ),
-    }  # fmt: skip
-    return {name: array(length) for length, group in names.items() for name in group}
+    batch = {
+        "encoder_input_tokens": array(work.inputs),
+        "encoder_segment_ids": array(work.inputs),
+        "decoder_input_tokens": array(work.targets),
+        "decoder_target_tokens": array(work.targets),
+        "decoder_segment_ids": array(work.targets),
+        "decoder_loss_weights": array(work.targets),
+        "decoder_loss_groups": array(work.targets),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=partitioning.replicated(mesh))
+    return train.abstract_state(net, tx, mesh), batch, key
 
 
 def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
@@ -241,14 +249,12 @@ def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
         )
     net = t5.T5(setup.model, partitioning.activation_constraint(mesh))
     tx = setup.optimizer.build(10)
-    state = train.abstract_state(net, tx, mesh)
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=partitioning.replicated(mesh))
     partitioning.check_lengths(mesh, {"inputs": work.inputs, "targets": work.targets})
     rows = work.rows / len(devices) / work.num_microbatches
     objective = train.in_slices(setup.objective, rows, work.targets, setup.model.vocab_size)
     step = train.jit_step(net, objective, tx, work.num_microbatches)
-    return step.lower(state, abstract_batch(mesh, work), rng), state
+    inputs = abstract_inputs(net, tx, mesh, work)
+    return step.lower(*inputs), inputs[0]
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:

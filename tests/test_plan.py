@@ -10,7 +10,9 @@ from test_structure import ROOT
 
 from distill import convert, estimate, objectives, optim, partitioning, plan
 
-XL = dataclasses.replace(convert.released_config("t5_1_1/xl"), dtype="bfloat16")
+XL = dataclasses.replace(
+    convert.released_config("t5_1_1/xl"), dtype="bfloat16", remat_policy="minimal"
+)
 
 
 def setup(model=XL, rows=128, parts=1, **mesh):

@@ -18,7 +18,7 @@ import pytest
 from test_objectives import batch_of, examples
 from test_t5 import numpy_params
 
-from distill import evaluate, objectives, optim, partitioning, t5, train
+from distill import estimate, objectives, optim, partitioning, plan, t5, train
 
 # The values and the arrays of a program count here, not its speed.
 QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
@@ -34,39 +34,13 @@ def make_mesh(sizes, devices=None):
     return partitioning.make_mesh(partitioning.MeshConfig(*sizes), devices)
 
 
-def abstract_inputs(config, tx, mesh, rows, lengths):
-    """State, batch and key as `train` gives them to its step, as shapes with shardings."""
-    params = evaluate.abstract_params(t5.T5(config), mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    slots = jax.eval_shape(tx.init, params)
-
-    def on(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    opt_state = jax.tree.map(
-        on, slots, partitioning.optimizer_shardings(mesh, slots, params, shardings)
-    )
-    whole = partitioning.replicated(mesh)
-    state = train.TrainState(on(jax.ShapeDtypeStruct((), jnp.int32), whole), params, opt_state)
-    batch = {
-        f"{side}_{name}": jax.ShapeDtypeStruct(
-            (rows, length), jnp.int32, sharding=partitioning.batch_sharding(mesh)
-        )
-        for side, length in lengths.items()
-        for name in ("input_tokens", "segment_ids")
-    }
-    for name in ("target_tokens", "loss_weights", "loss_groups"):
-        batch[f"decoder_{name}"] = batch["decoder_input_tokens"]
-    return state, batch, on(jax.eval_shape(lambda: jax.random.key(0)), whole)
+def work_of(rows):
+    return estimate.Work(rows, LENGTHS["encoder"], LENGTHS["decoder"])
 
 
 def step_function(config, tx, mesh, parts):
     net = t5.T5(config, partitioning.activation_constraint(mesh))
-    step = functools.partial(
-        train.train_step, net=net, objective=objectives.StepByStep(), tx=tx,
-        num_microbatches=parts,
-    )  # fmt: skip
-    return jax.jit(step, donate_argnums=0)
+    return train.jit_step(net, objectives.StepByStep(), tx, parts)
 
 
 # --- Parameters, slots, batches -------------------------------------------------------------------
@@ -82,7 +56,7 @@ def test_every_large_array_of_the_state_is_in_all_slices(sizes, optimizer, tied)
     """T5 1.1 large. What is not in all slices, such as the scales of norms, is below 1 MB."""
     mesh = make_mesh(sizes)
     config = dataclasses.replace(LARGE, logits_via_embedding=tied)
-    state, batch, _ = abstract_inputs(config, optimizer.build(10), mesh, 2048, LENGTHS)
+    state, batch, _ = plan.abstract_inputs(t5.T5(config), optimizer.build(10), mesh, work_of(2048))
     found = []
     for tree, slices in ((state, sizes[1] * sizes[2]), (batch, sizes[0] * sizes[1])):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -159,7 +133,7 @@ def whole_arrays(text, config, mesh, rows, parts):
 
 
 def compiled_step(config, mesh, tx, rows, parts):
-    inputs = abstract_inputs(config, tx, mesh, rows, LENGTHS)
+    inputs = plan.abstract_inputs(t5.T5(config), tx, mesh, work_of(rows))
     return inputs, step_function(config, tx, mesh, parts).lower(*inputs).compile(QUICK)
 
 
@@ -199,8 +173,7 @@ def trained(sizes, optimizer, steps=3):
     mesh, tx = make_mesh(sizes), OPTIMIZERS[optimizer].build(steps)
     pairs = examples(16, seed=3)
     arrays = batch_of(pairs, (16, 16), row_multiple=16)
-    abstract, _, _ = abstract_inputs(TINY, tx, mesh, 16, LENGTHS)
-    where = jax.tree.map(lambda x: x.sharding, abstract)
+    where = jax.tree.map(lambda x: x.sharding, train.abstract_state(t5.T5(TINY), tx, mesh))
     params = jax.device_put(numpy_params(TINY, scale=0.2), where.params)
     state = train.TrainState(
         jax.device_put(jnp.int32(0), where.step), params,
