@@ -266,8 +266,8 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
-        (text,) = pathlib.Path(folder).glob("*after_optimizations.txt")
-        return compiled, text.read_text()
+        texts = pathlib.Path(folder).glob("*after_optimizations.txt")
+        return compiled, max(texts, key=lambda file: file.stat().st_size).read_text()
 
 
 def compile_train(setup: Setup, where: Topology) -> Plan:
