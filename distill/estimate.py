@@ -1,8 +1,8 @@
 """Memory and speed of a training step by formula: what needs no compiler and no device.
 
 Bytes are of one device. What is held between steps (parameters, optimizer, batch) is exact: it is
-read off the shardings. What lives during a step is counted from the model's own shapes, and agrees
-with what XLA:TPU reports within 15 % (docs/scale.md has the table; `scripts/plan.py` compiles).
+read off the shardings. What lives during a step is counted from the model's own shapes;
+docs/scale.md compares it with what XLA:TPU reports (`scripts/plan.py` compiles).
 """
 
 import dataclasses
@@ -10,10 +10,15 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from absl import logging
 
 from distill import optim, packing, partitioning, t5
 
 GIB = 2.0**30
+# Where LOGITS_CHUNK is not given, a device holds at most so many bytes of float32 logits at a time:
+# 2,000 target tokens of T5's vocabulary. Smaller slices save less than the rest of the step holds.
+LOGITS_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs; memory is what XLA offers a program where that is known. GPUs:
-# the vendor's data sheets, SXM, dense; memory less 5 %, which the driver and libraries take.
+# the vendor's data sheets, SXM, dense; memory less 5 %, which the driver and libraries take. JAX
+# itself takes three quarters unless XLA_CLIENT_MEM_FRACTION=0.95 is set.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -61,8 +67,14 @@ _KINDS = {
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The chip of a `jax.Device`; None where it is not known (a CPU)."""
-    return CHIPS.get(_KINDS.get(getattr(device, "device_kind", "")))
+    """The chip of a `jax.Device`; None where it is not known, with a warning, and on a CPU."""
+    kind = getattr(device, "device_kind", "")
+    if kind not in _KINDS and getattr(device, "platform", "cpu") != "cpu":
+        logging.warning(
+            "The memory of a %s is not known here, so the mesh is not chosen for it: if the model "
+            "does not fit, set --gin.MeshConfig.fsdp.", kind,
+        )  # fmt: skip
+    return CHIPS.get(_KINDS.get(kind))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +154,7 @@ def saved_per_layer(model: t5.T5Config, work: Work, rows: float, tensor: int) ->
     if policy == "none":
         # What elementwise operations need is kept, too: of the scores the softmax in float32, its
         # cast and what dropout leaves; the stream some ten times over, the wide layer four times.
-        scores = (4 + 2 * size) * model.num_heads / tensor
+        scores = (4 + 2 * size) * model.num_heads / tensor * (model.attention == "plain")
         encoder = inputs * (10 * stream + 4 * heads + 4 * wide + scores * work.inputs)
         decoder = targets * (15 * stream + 6 * heads + 4 * wide)
         decoder += targets * scores * (work.targets + work.inputs) + inputs * 2 * heads
@@ -178,16 +190,18 @@ def memory(
     encoder, decoder = saved_per_layer(model, work, rows, tensor)
     saved = model.num_encoder_layers * encoder + model.num_decoder_layers * decoder
     heads = rows * model.num_heads / tensor
-    scores = max(
+    scores = model.attention == "plain" and max(
         work.inputs**2, work.targets * work.inputs, work.targets**2
     ) * heads * (4 + model.compute_dtype.itemsize)  # fmt: skip
-    logits = rows * work.targets * model.vocab_size / tensor * 4
+    logits = min(rows * work.targets * model.vocab_size / tensor * 4, LOGITS_BYTES)
+    # The backward pass gives them in the parameters' type, their sum over parts is float32.
+    sums = parameters * 4 / jnp.dtype(model.param_dtype).itemsize
     return Memory(
         parameters=parameters,
         optimizer=optimizer,
         batch=work.rows / batch_shards * (2 * work.inputs + 5 * work.targets) * 4,
         saved=saved,
-        gradients=parameters * (2 if work.num_microbatches > 1 else 1),
+        gradients=parameters + (sums if work.num_microbatches > 1 else 0),
         workspace=max(scores, 2 * logits),
     )
 
@@ -245,7 +259,9 @@ def seconds(
     )
     # Forward, gradient and, gathered again, recomputation.
     sent += 5 * size * rows * model.emb_dim * blocks * (tensor - 1) / tensor
-    moved = 3 * size * param_count / tensor * work.num_microbatches + 16 * param_count / devices
+    moved = 3 * size * param_count / tensor * work.num_microbatches + 16 * param_count / (
+        tensor * fsdp
+    )
     return {
         "compute": flops(model, work)[0] / devices / chip.flops,
         "memory": moved / chip.bandwidth,
@@ -268,30 +284,36 @@ def choose_mesh(
 ) -> partitioning.MeshConfig:
     """Fills in what a MeshConfig leaves open.
 
-    `tensor` is 1, or as little as leaves no more shares of a batch than it has rows. `fsdp` is 1
-    where a copy of the model fits into 40 % of a device's memory, else as little as makes it fit,
-    and the rest goes to `data`: copies talk least.
+    `tensor` is 1, or the least that lets the shares of a batch divide its rows. `fsdp` is 1 where a
+    copy of the model fits into 40 % of a device's memory, else as little as makes it fit, and the
+    rest goes to `data`: copies talk least. Where `data` is given, `fsdp` is what it leaves.
 
     Args:
       config: what it says is left as it is.
       model: its size.
       optimizer: None = there is none, the model is only evaluated.
-      rows: of a batch; None = as many as divide.
-      chip: of the devices; None = not known, parameters are not sliced.
+      rows: of a micro-batch; None = as many as divide.
+      chip: of the devices; None = not known, nothing is chosen but 1.
       devices: how many there are.
     """
-    tensor, fsdp = config.tensor, config.fsdp
-    if config.data != -1:  # the other axes are what it leaves
+    data, fsdp, tensor = config.data, config.fsdp, config.tensor
+    if chip is None:
         return dataclasses.replace(config, fsdp=fsdp or 1, tensor=tensor or 1)
-    fits = [n for n in range(1, devices + 1) if devices % n == 0]
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     if tensor is None:
-        heads = [n for n in fits if model.num_heads % n == 0 and model.mlp_dim % n == 0]
-        enough = [n for n in heads if rows is None or rows % (devices // n) == 0]
-        tensor = enough[0] if enough else 1
-    if fsdp is None:
-        copy = _bytes_of_copy(model, optimizer) / tensor if chip else 0
-        ways = [n for n in fits if devices // tensor % n == 0 and model.emb_dim % n == 0]
-        enough = [n for n in ways if chip is None or copy / n <= _STATE_SHARE * chip.hbm]
+        given = (data if data > 0 else 1) * (fsdp if fsdp and fsdp > 0 else 1)
+        fits = [
+            n for n in divisors
+            if devices // n % given == 0 and (rows is None or rows % (devices // n) == 0)
+            and not any(size % n for size in (model.num_heads, model.mlp_dim, model.vocab_size))
+        ]  # fmt: skip
+        tensor = fits[0] if fits else 1  # 1: what does not divide is then said of the rows
+    if fsdp is None and data > 0:
+        fsdp = max(1, devices // (data * tensor))
+    elif fsdp is None:
+        copy = _bytes_of_copy(model, optimizer) / tensor
+        ways = [n for n in divisors if devices // tensor % n == 0 and model.emb_dim % n == 0]
+        enough = [n for n in ways if copy / n <= _STATE_SHARE * chip.hbm]
         fsdp = enough[0] if enough else ways[-1]
     return dataclasses.replace(config, fsdp=fsdp, tensor=tensor)
 
@@ -301,5 +323,7 @@ def _bytes_of_copy(model: t5.T5Config, optimizer: optim.Optimizer | None) -> flo
     shapes = t5.param_shapes(model)
     trees = [shapes]
     if optimizer is not None:
-        trees += [shapes, jax.eval_shape(optimizer.build(10).init, shapes)]
-    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees)))
+        trees += [jax.eval_shape(optimizer.build(10).init, shapes)]
+    held = float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees)))
+    gradients = 4.0 * sum(x.size for x in jax.tree.leaves(shapes))
+    return held + (gradients if optimizer is not None else 0)

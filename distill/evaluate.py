@@ -269,17 +269,17 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
     model_dir = folders[0].parent
     output = epath.Path(config.eval_output_dir or model_dir / "inference_eval").expanduser()
 
-    student = t5.T5Config(**checkpoints.read_metadata(folders[-1])["model"])
-    found = jax.devices()
-    mesh = partitioning.make_mesh(estimate.choose_mesh(
-        partitioning.MeshConfig(), student, None, None, estimate.chip_of(found[0]), len(found)
-    ))  # fmt: skip
+    chip = estimate.chip_of(jax.devices()[0])
     results: list[tuple[str, Score]] = []
     for folder in folders:
         metadata = checkpoints.read_metadata(folder)
         corpus, vocabulary = _corpus(config, metadata)
         cluster.wait_for_all("data")  # a host may have tokenised for an hour
-        net = t5.T5(t5.T5Config(**metadata["model"]), partitioning.activation_constraint(mesh))
+        student = t5.T5Config(**metadata["model"])
+        mesh = partitioning.make_mesh(estimate.choose_mesh(
+            partitioning.MeshConfig(), student, None, None, chip, jax.device_count()
+        ))  # fmt: skip
+        net = t5.T5(student, partitioning.activation_constraint(mesh))
         params, _ = checkpoints.restore(folder, abstract_params(net, mesh), subtree="params")
         scores = score_tasks(
             params, net, corpus, vocabulary, mesh,

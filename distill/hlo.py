@@ -15,7 +15,8 @@ from collections import defaultdict
 _BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
-    "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3": 8, "f8e4m3b11fnuz": 8, "token": 0, "opaque": 0,
+    "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3": 8, "f8e4m3b11fnuz": 8, "f8e5m2fnuz": 8, "f4e2m1fn": 4,
+    "f8e8m0fnu": 8, "s2": 2, "u2": 2, "token": 0, "opaque": 0,
 }  # fmt: skip
 
 # Move no data: names for buffers, or parts of them.
@@ -253,8 +254,8 @@ def _rounds(loop: _Instruction, body: Computation, computations) -> int | None:
     if bound is None or result is None or result.op != "tuple":
         return None
     step = _increment(inner, result.operands[index], index)
-    start = _constant(_element(body, loop.operands[0], index)) or 0
-    return max(0, -(-(bound - start) // step)) if step else None
+    start = _constant(_element(body, loop.operands[0], index))
+    return max(0, -(-(bound - start) // step)) if step and start is not None else None
 
 
 def _index(get: _Instruction) -> int:
@@ -268,9 +269,12 @@ def _constant(instruction: _Instruction | None) -> int | None:
 
 
 def _element(body: Computation, name: str, index: int) -> _Instruction | None:
-    """The instruction behind an element of a tuple."""
+    """The instruction behind an element of a tuple, through copies."""
     made = body.get(name)
-    return body.get(made.operands[index]) if made and made.op == "tuple" else None
+    found = body.get(made.operands[index]) if made and made.op == "tuple" else None
+    while found is not None and found.op in ("copy", "bitcast"):
+        found = body.get(found.operands[0])
+    return found
 
 
 def _increment(inner: Computation, name: str, index: int) -> int | None:

@@ -9,6 +9,7 @@ text products, memory traffic and talk between devices (`hlo`). Where there is n
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
 from distill import (
     decode,
@@ -90,7 +92,8 @@ class Plan:
       tokens: positions of a step, all devices together.
       devices: how many.
       compile_seconds: None where nothing was compiled.
-      error: the compiler's message where the program does not fit.
+      error: the compiler's message where the program does not fit; products and times are then
+        those of the formula.
     """
 
     topology: str
@@ -191,16 +194,13 @@ def topology(name: str) -> Topology:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **extra)
     except Exception as e:  # JaxRuntimeError, or what a missing libtpu gives
         message = str(e)
-        if "libtpu" in message or isinstance(e, (ImportError, RuntimeError)) and not _has_libtpu():
+        if importlib.util.find_spec("libtpu") is None:
+            logging.warning(
+                "By formula only: compiling for TPUs needs pip install 'distill[tpu-aot]'"
+            )
             return Topology(name, chip, None, size)
         raise UnknownTopologyError(f"--topology={name}: {message.splitlines()[0]}") from e
     return Topology(name, chip, list(found.devices), len(found.devices))
-
-
-def _has_libtpu() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("libtpu") is not None
 
 
 # --- Compiling ------------------------------------------------------------------------------------
@@ -230,6 +230,18 @@ def abstract_inputs(
     return train.abstract_state(net, tx, mesh), batch, key
 
 
+def _require_division(mesh: Any, work: estimate.Work) -> None:
+    """Raises ValueError where training would refuse the rows or their lengths."""
+    parts = partitioning.batch_shards(mesh) * work.num_microbatches
+    if work.rows % parts:
+        more = -(-work.rows // parts) * parts
+        raise ValueError(
+            f"BATCH_SIZE={work.rows} rows do not divide by data x fsdp x NUM_MICROBATCHES = "
+            f"{parts}: {more} would do."
+        )
+    partitioning.check_lengths(mesh, {"inputs": work.inputs, "targets": work.targets})
+
+
 def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
     """Traces the step that training runs, for devices that need not be there.
 
@@ -240,16 +252,10 @@ def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
       ValueError: an axis of the model or the rows do not divide by the mesh.
     """
     mesh = partitioning.make_mesh(setup.mesh, devices)
-    shards = partitioning.batch_shards(mesh)
     work = setup.work
-    if work.rows % (shards * work.num_microbatches):
-        raise ValueError(
-            f"BATCH_SIZE={work.rows} does not divide by data x fsdp x NUM_MICROBATCHES = "
-            f"{shards} x {work.num_microbatches}."
-        )
+    _require_division(mesh, work)
     net = t5.T5(setup.model, partitioning.activation_constraint(mesh))
     tx = setup.optimizer.build(10)
-    partitioning.check_lengths(mesh, {"inputs": work.inputs, "targets": work.targets})
     rows = work.rows / len(devices) / work.num_microbatches
     objective = train.in_slices(setup.objective, rows, work.targets, setup.model.vocab_size)
     step = train.jit_step(net, objective, tx, work.num_microbatches)
@@ -287,13 +293,11 @@ def compile_train(setup: Setup, where: Topology) -> Plan:
     try:
         compiled, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        peak = needed(str(e), sum(held.values()))
+        if peak is None:
             raise
-        needed = re.search(r"\(([\d.]+)([GM])\) exceeds", str(e))
-        size = float(needed[1]) * (GIB if needed[2] == "G" else 2**20) if needed else 0.0
         return dataclasses.replace(
-            by_formula, verified=True, memory=held | {"temporaries": size},
-            peak=sum(held.values()) + size, error=str(e).splitlines()[0],
+            by_formula, verified=True, memory=held, peak=peak, error=str(e).splitlines()[0],
             compile_seconds=time.monotonic() - started,
         )  # fmt: skip
     seconds = time.monotonic() - started
@@ -339,9 +343,12 @@ def compile_decode(setup: Setup, where: Topology, rows: int, max_length: int) ->
       max_length: tokens of an answer at most.
 
     Returns:
-      `peak`: bytes of a device; `seconds`: least time of a batch whose rows are all that long.
+      `rows`, rounded up to what the mesh shares; `peak`: bytes of a device; `seconds`: least time
+      of a batch whose rows are all that long.
     """
     mesh = partitioning.make_mesh(setup.mesh, where.devices)
+    shards = partitioning.batch_shards(mesh)
+    rows = -(-rows // shards) * shards  # as evaluation does
     net = t5.T5(setup.model, partitioning.activation_constraint(mesh))
     tokens = jax.ShapeDtypeStruct(
         (rows, setup.work.inputs), jnp.int32, sharding=partitioning.batch_sharding(mesh)
@@ -354,11 +361,27 @@ def compile_decode(setup: Setup, where: Topology, rows: int, max_length: int) ->
     cost = hlo.cost(text, unknown_rounds=max_length)
     chip = where.chip
     return {
+        "rows": rows,
         "peak": memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
         "seconds": max(
             cost.flops / chip.flops, cost.bytes / chip.bandwidth, cost.sent / chip.network
         ),
     }
+
+
+def needed(message: str, held: float) -> float | None:
+    """Bytes that a program needs which the compiler says does not fit; None if it says otherwise.
+
+    Args:
+      message: of the compiler. It speaks of temporaries, or of all that the program uses.
+      held: bytes of arguments.
+    """
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    if match := re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds", message):
+        return held + float(match[1]) * units[match[2]]
+    if match := re.search(r"memory space hbm\. Used ([\d.]+)([KMGT]) of", message):
+        return float(match[1]) * units[match[2]]
+    return None
 
 
 # --- By formula -----------------------------------------------------------------------------------
@@ -371,7 +394,9 @@ def estimated(setup: Setup, where: Topology) -> Plan:
       ValueError: the mesh does not divide the devices, or the model.
     """
     chip, work, model = where.chip, setup.work, setup.model
-    mesh = dict(partitioning.abstract_mesh(setup.mesh, where.size).shape)
+    devices = partitioning.abstract_mesh(setup.mesh, where.size)
+    _require_division(devices, work)
+    mesh = dict(devices.shape)
     # The policy changes nothing of what is held, and what it is asked for again is remembered.
     held = _held(
         dataclasses.replace(model, remat_policy="none"), setup.optimizer, setup.mesh, where.size
@@ -441,7 +466,10 @@ def candidates(setup: Setup, where: Topology) -> list[tuple[Setup, Plan]]:
 
 def _meshes(setup: Setup, devices: int) -> Iterator[partitioning.MeshConfig]:
     """Those that divide the model's axes; the rest of the devices copies it."""
+    work = setup.work
     for tensor in (n for n in (1, 2, 4, 8) if devices % n == 0):
+        if work.inputs % tensor or work.targets % tensor:
+            continue
         for fsdp in (n for n in range(1, devices // tensor + 1) if devices // tensor % n == 0):
             mesh = partitioning.MeshConfig(devices // tensor // fsdp, fsdp, tensor)
             with contextlib.suppress(ValueError):  # an axis does not divide
@@ -536,12 +564,12 @@ def table(plans: list[Plan]) -> str:
     )
 
 
-def to_json(plan: Plan) -> str:
+def to_json(plan: Plan, decoding: dict[str, float] | None = None) -> str:
     """All of a plan, for a file."""
     derived = {
         name: getattr(plan, name) for name in ("fits", "step_seconds", "mfu", "tokens_per_second")
     }
-    return json.dumps(dataclasses.asdict(plan) | derived, indent=1)
+    return json.dumps(dataclasses.asdict(plan) | derived | {"decoding": decoding}, indent=1)
 
 
 def recommendation(setup: Setup) -> str:

@@ -43,9 +43,6 @@ from distill import vocabulary as vocabulary_lib
 # More padded tokens than this at once are slower on a CPU, whose caches they leave (measured for
 # the tiny model), and cost memory.
 CPU_TOKENS_PER_MICROBATCH = 4096
-# Where LOGITS_CHUNK is not given, a device holds at most so many bytes of float32 logits at a time:
-# 2,000 target tokens of T5's vocabulary. Smaller slices save less than the rest of the step holds.
-LOGITS_BYTES = 256 << 20
 # After this many updates in a row that were skipped as not finite the run stops.
 MAX_SKIPPED = 10
 # The supervisor's sign for "preempted, start me again" (EX_TEMPFAIL of sysexits.h).
@@ -303,7 +300,8 @@ def train(
     found = jax.devices()
     mesh = estimate.choose_mesh(
         mesh or partitioning.MeshConfig(), model, optimizer,
-        None if data.pairs_per_step else data.batch_size, estimate.chip_of(found[0]), len(found),
+        None if data.pairs_per_step else data.batch_size // (config.num_microbatches or 1),
+        estimate.chip_of(found[0]), len(found),
     )  # fmt: skip
     devices = partitioning.make_mesh(mesh)
     shards = partitioning.batch_shards(devices)
@@ -572,7 +570,7 @@ def in_slices(
       length: of the targets, in tokens.
       vocab_size: of the model.
     """
-    slices = math.ceil(4 * rows * length * vocab_size / LOGITS_BYTES)
+    slices = math.ceil(4 * rows * length * vocab_size / estimate.LOGITS_BYTES)
     if objective.logits_chunk is not None or slices <= 1:
         return objective
     return dataclasses.replace(objective, logits_chunk=-(-length // slices))

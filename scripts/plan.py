@@ -46,8 +46,10 @@ def run(argv):
         raise ValueError("--topology is missing: what to plan for, such as --topology=v5e:4x4")
     config, data, model = (arguments[name] for name in ("config", "data", "model"))
     if data.pairs_per_step is not None:
-        raise ValueError("PAIRS_PER_STEP depends on the data; plan with the rows it comes to: "
-                         "--gin.BATCH_SIZE (the first lines of a run print them).")  # fmt: skip
+        raise ValueError(
+            "PAIRS_PER_STEP depends on the data; plan with the rows that it comes to, which a run "
+            "prints: --gin.PAIRS_PER_STEP=None --gin.BATCH_SIZE=ROWS"
+        )
     lengths = data.feature_lengths or plan.DEFAULT_LENGTHS
     if model.dtype == "auto":
         model = dataclasses.replace(model, dtype="bfloat16")  # what it is on an accelerator
@@ -57,25 +59,34 @@ def run(argv):
     where = plan.topology(_TOPOLOGY.value)
     optimizer = arguments["optimizer"]
     mesh = estimate.choose_mesh(
-        arguments["mesh"], model, optimizer, work.rows, where.chip, where.size
-    )
+        arguments["mesh"], model, optimizer, work.rows // work.num_microbatches, where.chip,
+        where.size,
+    )  # fmt: skip
     setup = plan.Setup(model, optimizer, arguments["objective"], mesh, work)
     if _ESTIMATE_ONLY.value:
         where = dataclasses.replace(where, devices=None)
+    if _DECODE_ROWS.value and not where.devices:
+        raise ValueError("--decode_rows compiles, which is possible for TPUs, with libtpu, only.")
+    output = _OUTPUT.value and pathlib.Path(_OUTPUT.value)
+    if output and not output.parent.is_dir():
+        raise ValueError(f"--output={output}: there is no folder {output.parent}")
     print(f"{work.rows} rows of {work.inputs} + {work.targets} tokens a step", flush=True)
     if _SEARCH.value:
         setup, chosen = _search(setup, where)
     else:
         chosen = plan.compile_train(setup, where) if where.devices else plan.estimated(setup, where)
-    print(plan.describe(chosen, config.train_steps or config.train_steps_relative))
-    if _DECODE_ROWS.value and where.devices:
-        decoded = plan.compile_decode(setup, where, _DECODE_ROWS.value, work.targets)
+    print(plan.describe(chosen, config.train_steps_relative or config.train_steps), flush=True)
+    if output:
+        output.write_text(plan.to_json(chosen) + "\n")
+    if _DECODE_ROWS.value:
+        decoding = plan.compile_decode(setup, where, _DECODE_ROWS.value, work.targets)
         print(
-            f"decoding {_DECODE_ROWS.value} rows, {work.targets} tokens each: peak "
-            f"{decoded['peak'] / estimate.GIB:.2f} GiB, at least {decoded['seconds'] * 1e3:.1f} ms"
+            f"decoding {decoding['rows']} rows, {work.targets} tokens each: "
+            f"peak {decoding['peak'] / estimate.GIB:.2f} GiB, "
+            f"at least {decoding['seconds'] * 1e3:.1f} ms"
         )
-    if _OUTPUT.value:
-        pathlib.Path(_OUTPUT.value).write_text(plan.to_json(chosen) + "\n")
+        if output:
+            output.write_text(plan.to_json(chosen, decoding) + "\n")
 
 
 def _search(setup: plan.Setup, where: plan.Topology) -> tuple[plan.Setup, plan.Plan]:

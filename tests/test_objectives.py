@@ -11,7 +11,7 @@ import optax
 import pytest
 from test_t5 import TINY, numpy_params
 
-from distill import cache, data, objectives, optim, partitioning, t5, train
+from distill import cache, data, estimate, objectives, optim, partitioning, t5, train
 
 OBJECTIVES = [
     objectives.StepByStep(alpha=0.5, z_loss=0.0),
@@ -330,7 +330,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted():
 
 @pytest.mark.parametrize("kind", [objectives.StepByStep, objectives.Standard])
 def test_large_logits_are_sliced_unless_told_otherwise(kind, monkeypatch):
-    monkeypatch.setattr(train, "LOGITS_BYTES", 4 * 30 * 10)  # one row of 30 tokens, 10 ids
+    monkeypatch.setattr(estimate, "LOGITS_BYTES", 4 * 30 * 10)  # one row of 30 tokens, 10 ids
     objective, given = kind(), kind(logits_chunk=7)
     assert train.in_slices(objective, 1, 30, 10) is objective
     assert train.in_slices(objective, 2, 30, 10).logits_chunk == 15

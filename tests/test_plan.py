@@ -60,6 +60,27 @@ def test_rows_that_no_mesh_divides():
         list(plan.search(setup(rows=7), plan.topology("h100-80gb:16")))
 
 
+@pytest.mark.parametrize(
+    "message, bytes_",
+    [
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+         "required for HLO temporaries (18.50G) exceeds available HBM (15.75G).", 18.5 * 2**30 + 7),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 900.5M of 15.75G hbm.",
+         900.5 * 2**20),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 30M of 16M vmem.", None),
+        ("INTERNAL: something else", None),
+    ],
+)  # fmt: skip
+def test_what_the_compiler_says_of_memory(message, bytes_):
+    assert plan.needed(message, held=7) == bytes_
+
+
+def test_search_leaves_out_what_training_would_refuse():
+    work = estimate.Work(2, 100, 50)
+    with pytest.raises(ValueError, match="cannot be divided"):  # tensor = 4 does not divide 50
+        list(plan.search(dataclasses.replace(setup(), work=work), plan.topology("h100-80gb:8")))
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, ROOT / "scripts/plan.py", "--gin_file=t5_1_1/xl.gin",
@@ -83,7 +104,13 @@ def test_the_command(tmp_path):
     [
         ([], "--topology is missing"),
         (["--topology=h100:8"], "Chips: v4, v5e"),
-        (["--topology=h100-80gb:8", "--gin.PAIRS_PER_STEP=64"], "--gin.BATCH_SIZE"),
+        (["--topology=h100-80gb:8", "--gin.PAIRS_PER_STEP=64"], "--gin.PAIRS_PER_STEP=None"),
+        (
+            ["--topology=h100-80gb:8", "--gin.BATCH_SIZE=12", "--gin.MeshConfig.fsdp=8"],
+            "16 would do",
+        ),
+        (["--topology=h100-80gb:8", "--output=/no/such/folder/x.json"], "there is no folder"),
+        (["--topology=h100-80gb:8", "--decode_rows=8"], "possible for TPUs"),
         (["--topology=h100-80gb:8", "--gin.MeshConfig.fsdp=3"], "there are 8"),
     ],
 )
