@@ -4,6 +4,7 @@ Dry runs see a PATH with a handful of commands and neither gcloud nor sbatch. Th
 `tpu.sh resume-until-done` runs against a stand-in for gcloud that tells a story of preemptions.
 """
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -14,11 +15,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 import yaml
 
-from distill import configure, partitioning, t5, train
+from distill import configure, estimate, plan, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TPU, GPU = ROOT / "scripts/tpu", ROOT / "scripts/gpu"
@@ -514,22 +514,26 @@ def test_guide_has_all_sizes():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[1]}".replace(" ", "_"))
 def test_row_of_the_guide(row):
-    """The command resolves, the mesh has the devices, and rows and parameters divide by it."""
+    """The command resolves, rows and parameters divide by the mesh, and by the formula it fits."""
     _, hardware, devices, arguments = row
     argv = ["train.py", *common_arguments(), *shlex.split(arguments)]
     given = configure.resolved_arguments(train.train, argv)
-    mesh, rows = given["mesh"], given["data"].batch_size
-    data = int(devices) // (mesh.fsdp * mesh.tensor) if mesh.data == -1 else mesh.data
-    assert data * mesh.fsdp * mesh.tensor == int(devices)
-    parts = given["config"].num_microbatches or 1
-    assert rows % (data * mesh.fsdp * parts) == 0
     # v2 to v5p are named by TensorCores, of which JAX sees two as one device; v5e and v6e by chips.
     if name := re.search(r"`v(4|5p|5litepod|6e)-(\d+)`", hardware):
         chips = int(name.group(2)) // (2 if name.group(1) in ("4", "5p") else 1)
         assert chips == int(devices)
-    abstract = jax.sharding.AbstractMesh((data, mesh.fsdp, mesh.tensor), ("data", "fsdp", "tensor"))
-    model = given["model"]
-    partitioning.param_shardings(abstract, t5.param_shapes(model), t5.param_axes(model))
+        chip = "v" + name.group(1).replace("5litepod", "5e")
+    else:
+        chip = "h200-141gb" if "141 GB" in hardware else "a100-80gb"
+    where = plan.Topology(chip, estimate.CHIPS[chip], None, int(devices))
+    model = dataclasses.replace(given["model"], dtype="bfloat16")
+    rows, parts = given["data"].batch_size, given["config"].num_microbatches or 1
+    mesh = estimate.choose_mesh(
+        given["mesh"], model, given["optimizer"], rows // parts, where.chip, where.size
+    )
+    work = estimate.Work(rows, 1024, 256, parts)
+    setup = plan.Setup(model, given["optimizer"], given["objective"], mesh, work)
+    assert plan.estimated(setup, where).fits
 
 
 def test_one_row_by_the_command_line(capsys):
