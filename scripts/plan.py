@@ -37,7 +37,7 @@ _DECODE_ROWS = flags.DEFINE_integer(
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the plan.")
 
 # Planning reads no data and writes no run.
-_UNUSED = ["--gin.MODEL_DIR=unused", "--gin.MIXTURE_OR_TASK_NAME=unused"]
+_UNUSED = ["--gin.MODEL_DIR=unused", "--gin.MIXTURE_OR_TASK_NAME=arithmetic_step_by_step"]
 
 
 def run(argv):
