@@ -189,6 +189,14 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             entry = match[2] if match[1] else entry
         elif current is not None and (instruction := _instruction(line)):
             current[instruction.name] = instruction
+    for body in computations.values():
+        for name in {n for i in body.values() for n in i.operands if "#" in n}:
+            whole, _, index = name.partition("#")  # how jax 0.12 writes get-tuple-element
+            if whole in body:
+                arrays = body[whole].arrays[int(index) : int(index) + 1]
+                body[name] = _Instruction(
+                    name, "get-tuple-element", arrays, (whole,), f", index={index}", whole, False
+                )
     if not entry:
         raise ValueError("This is not the text of a compiled program: it has no ENTRY computation.")
     return computations, entry
@@ -208,7 +216,7 @@ def _instruction(line: str) -> _Instruction | None:
         name=match[2],
         op=call[:opening],
         arrays=tuple(_arrays(shape)),
-        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        operands=tuple(re.findall(r"%([\w.\-]+(?:#\d+)?)", arguments)),
         rest=call[closing:],
         arguments=arguments,
         is_root=bool(match[1]),
