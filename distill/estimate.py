@@ -190,9 +190,10 @@ def memory(
     encoder, decoder = saved_per_layer(model, work, rows, tensor)
     saved = model.num_encoder_layers * encoder + model.num_decoder_layers * decoder
     heads = rows * model.num_heads / tensor
-    scores = model.attention == "plain" and max(
-        work.inputs**2, work.targets * work.inputs, work.targets**2
-    ) * heads * (4 + model.compute_dtype.itemsize)  # fmt: skip
+    longest = max(work.inputs**2, work.targets * work.inputs, work.targets**2)
+    scores = longest * heads * (4 + model.compute_dtype.itemsize)
+    if model.attention == "fused":
+        scores = 0.0
     logits = min(rows * work.targets * model.vocab_size / tensor * 4, LOGITS_BYTES)
     # The backward pass gives them in the parameters' type, their sum over parts is float32.
     sums = parameters * 4 / jnp.dtype(model.param_dtype).itemsize
@@ -299,11 +300,10 @@ def choose_mesh(
     data, fsdp, tensor = config.data, config.fsdp, config.tensor
     if chip is None:
         return dataclasses.replace(config, fsdp=fsdp or 1, tensor=tensor or 1)
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     if tensor is None:
         given = (data if data > 0 else 1) * (fsdp if fsdp and fsdp > 0 else 1)
         fits = [
-            n for n in divisors
+            n for n in partitioning.divisors(devices)
             if devices // n % given == 0 and (rows is None or rows % (devices // n) == 0)
             and not any(size % n for size in (model.num_heads, model.mlp_dim, model.vocab_size))
         ]  # fmt: skip
@@ -312,7 +312,7 @@ def choose_mesh(
         fsdp = max(1, devices // (data * tensor))
     elif fsdp is None:
         copy = _bytes_of_copy(model, optimizer) / tensor
-        ways = [n for n in divisors if devices // tensor % n == 0 and model.emb_dim % n == 0]
+        ways = [n for n in partitioning.divisors(devices // tensor) if model.emb_dim % n == 0]
         enough = [n for n in ways if copy / n <= _STATE_SHARE * chip.hbm]
         fsdp = enough[0] if enough else ways[-1]
     return dataclasses.replace(config, fsdp=fsdp, tensor=tensor)

@@ -8,7 +8,7 @@ slices) and `tensor` (heads, feed-forward and vocabulary). One mesh axis serves 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -103,12 +103,13 @@ def _sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     return {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
 
 
-def describe(mesh: Mesh) -> str:
-    """`data=2 fsdp=4`: the axes that have more than one device."""
-    return " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
+def describe(sizes: Mapping[str, int]) -> str:
+    """`data=2 fsdp=4`: the axes of `mesh.shape` that have more than one device."""
+    return " ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "one device"
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """Of a positive integer, from 1 up."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
@@ -125,11 +126,11 @@ def _misfit(sizes: dict[str, int], count: int) -> str:
     for axis, size in sizes.items():
         others = fixed // size
         if size != -1 and count % others == 0:
-            fits = _divisors(count // others) if rest else [count // others]
+            fits = divisors(count // others) if rest else [count // others]
             ways.append(f"{axis} = {_choice(fits)}")
     advice = f"With the other axes as they are, {'; or '.join(ways)} would do."
     if not ways:
-        advice = f"Each axis, and their product, must divide {count}: {_choice(_divisors(count))}."
+        advice = f"Each axis, and their product, must divide {count}: {_choice(divisors(count))}."
     return (
         f"A mesh of {sizes} needs {'a multiple of ' if rest else ''}{fixed} devices; there are "
         f"{count}. {advice} (--gin.MeshConfig.data / fsdp / tensor; -1 = what is left.)"
@@ -154,7 +155,7 @@ def _arrange(shape: tuple[int, int, int], devices: list) -> np.ndarray:
     if each % tensor:
         raise ValueError(
             f"tensor = {tensor} does not fit into one of the {count} slices (or GPU nodes) of "
-            f"{each} devices; --gin.MeshConfig.tensor may be {_choice(_divisors(each))}."
+            f"{each} devices; --gin.MeshConfig.tensor may be {_choice(divisors(each))}."
         )
     # `tensor` divides a slice, so what `data` leaves of the slices always divides `fsdp`.
     outer_data = math.gcd(data, count)
@@ -227,7 +228,7 @@ def param_shardings(mesh: Mesh, shapes: Any, axes: Any) -> Any:
             if group == mesh_axes and size % shards
         ]
         if wrong:
-            fits = [n for n in _divisors(math.gcd(*sizes)) if mesh.size % n == 0]
+            fits = [n for n in divisors(math.gcd(*sizes)) if mesh.size % n == 0]
             faults.append(
                 f"{name} = {shards} does not divide {', '.join(wrong)}; with {mesh.size} devices "
                 f"{name} may be {_choice(fits)}."
@@ -301,7 +302,7 @@ def batch_shards(mesh: Mesh) -> int:
 def _whole_processes(devices: int, processes: int) -> list[int]:
     """Sizes of `tensor` that divide the devices of a process, or are a multiple of them."""
     each = devices // processes
-    return [n for n in _divisors(devices) if each % n == 0 or n % each == 0]
+    return [n for n in divisors(devices) if each % n == 0 or n % each == 0]
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
@@ -341,7 +342,7 @@ def check_lengths(mesh: Mesh, lengths: dict[str, int]) -> None:
         raise ValueError(
             f"tensor = {shards} does not divide rows of {dict(lengths)} tokens: "
             f'--gin.TASK_FEATURE_LENGTHS="{fits}" would do, or --gin.MeshConfig.tensor = '
-            f"{_choice([n for n in _divisors(math.gcd(*lengths.values())) if mesh.size % n == 0])}."
+            f"{_choice([n for n in divisors(math.gcd(*lengths.values())) if mesh.size % n == 0])}."
         )
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -39,16 +40,13 @@ from distill.estimate import GIB
 
 # The published limits: what a run has whose data is not known.
 DEFAULT_LENGTHS = {"inputs": 1024, "targets": 256}
-
-
+# What training must be given, for who only wants its settings.
+NO_RUN = ("--gin.MODEL_DIR=unused", "--gin.MIXTURE_OR_TASK_NAME=arithmetic_step_by_step")
+# There is no TPU here to share, nor one to ask which it is, which takes minutes.
 NO_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }  # fmt: skip
-
-
-class UnknownTopologyError(ValueError):
-    """There is no such device, or it cannot be divided so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +74,13 @@ class Plan:
 
     Attributes:
       topology: as given, such as `v5e:16x16`.
+      chip: what each device is.
       mesh: devices along each axis.
       remat_policy: of the model.
       num_microbatches: of a step.
       verified: True where a compiler said it, False where a formula did.
       memory: bytes by kind.
       peak: largest number of bytes in use at once.
-      hbm: bytes that there are.
       flops: of matrix products in a step.
       recomputed: share of them that the backward pass makes a second time.
       traffic: bytes between memory and chip in a step; 0 = not known.
@@ -97,13 +95,13 @@ class Plan:
     """
 
     topology: str
+    chip: estimate.Chip
     mesh: dict[str, int]
     remat_policy: str
     num_microbatches: int
     verified: bool
     memory: dict[str, float]
     peak: float
-    hbm: float
     flops: float
     recomputed: float
     traffic: float
@@ -112,13 +110,12 @@ class Plan:
     model_flops: float
     tokens: int
     devices: int
-    peak_flops: float
     compile_seconds: float | None = None
     error: str | None = None
 
     @property
     def fits(self) -> bool:
-        return self.error is None and self.peak <= self.hbm
+        return self.error is None and self.peak <= self.chip.hbm
 
     @property
     def step_seconds(self) -> float:
@@ -128,7 +125,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Bound of the model FLOPs utilisation: useful products of the fastest possible step."""
-        return self.model_flops / (self.devices * self.peak_flops * self.step_seconds)
+        return self.model_flops / (self.devices * self.chip.flops * self.step_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -164,28 +161,25 @@ def topology(name: str) -> Topology:
     """Finds the devices of a name.
 
     Raises:
-      UnknownTopologyError: there is no such chip or shape; the message names those that there are.
+      ValueError: there is no such chip or shape; the message names those that there are.
     """
     kind, _, shape = name.partition(":")
     chip = estimate.CHIPS.get(kind)
     if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise UnknownTopologyError(
+        raise ValueError(
             f"--topology={name}: give a chip and its shape or number, such as v5e:4x4, v4:4x4x4 or "
             f"h100-80gb:8. Chips: {', '.join(estimate.CHIPS)}."
         )
-    size = 1
-    for n in shape.split("x"):
-        size *= int(n)
+    size = math.prod(map(int, shape.split("x")))
     if not kind.startswith("v"):
         return Topology(name, chip, None, size)
     if "x" not in shape:
-        raise UnknownTopologyError(
+        raise ValueError(
             f"--topology={name}: a TPU slice is given by its shape, {kind}:2x4 or, v4 and v5p, "
             f"{kind}:2x2x2."
         )
     from jax.experimental import topologies
 
-    # There is no TPU here to share, nor one to ask which it is, which takes minutes.
     for variable, value in NO_TPU.items():
         os.environ.setdefault(variable, value)
     # v4: two cores work as one device, as they do when JAX finds them.
@@ -199,7 +193,7 @@ def topology(name: str) -> Topology:
                 "By formula only: compiling for TPUs needs pip install 'distill[tpu-aot]'"
             )
             return Topology(name, chip, None, size)
-        raise UnknownTopologyError(f"--topology={name}: {message.splitlines()[0]}") from e
+        raise ValueError(f"--topology={name}: {message.splitlines()[0]}") from e
     return Topology(name, chip, list(found.devices), len(found.devices))
 
 
@@ -242,11 +236,8 @@ def _require_division(mesh: Any, work: estimate.Work) -> None:
     partitioning.check_lengths(mesh, {"inputs": work.inputs, "targets": work.targets})
 
 
-def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
+def lower_train(setup: Setup, devices: list) -> jax.stages.Lowered:
     """Traces the step that training runs, for devices that need not be there.
-
-    Returns:
-      The `jax.stages.Lowered` step, and the abstract state.
 
     Raises:
       ValueError: an axis of the model or the rows do not divide by the mesh.
@@ -259,8 +250,7 @@ def lower_train(setup: Setup, devices: list) -> tuple[Any, train.TrainState]:
     rows = work.rows / len(devices) / work.num_microbatches
     objective = train.in_slices(setup.objective, rows, work.targets, setup.model.vocab_size)
     step = train.jit_step(net, objective, tx, work.num_microbatches)
-    inputs = abstract_inputs(net, tx, mesh, work)
-    return step.lower(*inputs), inputs[0]
+    return step.lower(*abstract_inputs(net, tx, mesh, work))
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
@@ -283,54 +273,50 @@ def compile_train(setup: Setup, where: Topology) -> Plan:
       ValueError: an axis of the model or the rows do not divide by the mesh.
     """
     started = time.monotonic()
-    lowered, state = lower_train(setup, where.devices)
-    mesh = dict(partitioning.make_mesh(setup.mesh, where.devices).shape)
-    by_formula = estimated(setup, where)
-    held = {
-        "parameters": estimate.bytes_on_device(state.params),
-        "optimizer": estimate.bytes_on_device(state.opt_state),
-    }
+    guess = estimated(setup, where)
+    held = {name: guess.memory[name] for name in ("parameters", "optimizer", "batch")}
     try:
-        compiled, text = _compile(lowered)
+        compiled, text = _compile(lower_train(setup, where.devices))
     except jax.errors.JaxRuntimeError as e:
         peak = needed(str(e), sum(held.values()))
         if peak is None:
             raise
         return dataclasses.replace(
-            by_formula, verified=True, memory=held, peak=peak, error=str(e).splitlines()[0],
+            guess, verified=True, memory=held, peak=peak, error=str(e).splitlines()[0],
             compile_seconds=time.monotonic() - started,
         )  # fmt: skip
     seconds = time.monotonic() - started
-    memory = compiled.memory_analysis()
     cost = hlo.cost(text)
-    held["batch"] = memory.argument_size_in_bytes - sum(held.values())
+    memory = compiled.memory_analysis()
     held["temporaries"] = memory.temp_size_in_bytes
     held["code"] = memory.generated_code_size_in_bytes
-    chip = where.chip
-    return Plan(
-        topology=where.name,
-        mesh=mesh,
-        remat_policy=setup.model.remat_policy,
-        num_microbatches=setup.work.num_microbatches,
+    return dataclasses.replace(
+        guess,
         verified=True,
         memory=held,
-        peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        hbm=chip.hbm,
+        peak=_peak(compiled),
         flops=cost.flops,
-        recomputed=max(0.0, 1 - by_formula.model_flops / (cost.flops * where.size)),
+        recomputed=max(0.0, 1 - guess.model_flops / (cost.flops * where.size)),
         traffic=cost.bytes,
         sent={kind: c.bytes for kind, c in cost.collectives.items()},
-        seconds={
-            "compute": cost.flops / chip.flops,
-            "memory": cost.bytes / chip.bandwidth,
-            "network": cost.sent / chip.network,
-        },
-        model_flops=by_formula.model_flops,
-        tokens=setup.work.tokens,
-        devices=where.size,
-        peak_flops=chip.flops,
+        seconds=_seconds(cost, where.chip),
         compile_seconds=seconds,
     )
+
+
+def _peak(compiled: jax.stages.Compiled) -> float:
+    """Bytes of a device that a program needs at once, its code included."""
+    memory = compiled.memory_analysis()
+    return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+
+
+def _seconds(cost: hlo.Cost, chip: estimate.Chip) -> dict[str, float]:
+    """Lower bounds of a program's time by what it waits for."""
+    return {
+        "compute": cost.flops / chip.flops,
+        "memory": cost.bytes / chip.bandwidth,
+        "network": cost.sent / chip.network,
+    }
 
 
 def compile_decode(setup: Setup, where: Topology, rows: int, max_length: int) -> dict[str, float]:
@@ -356,16 +342,12 @@ def compile_decode(setup: Setup, where: Topology, rows: int, max_length: int) ->
     params = evaluate.abstract_params(net, mesh)
     lowered = decode.greedy.lower(params, tokens, model=net, max_length=max_length)
     compiled, text = _compile(lowered)
-    memory = compiled.memory_analysis()
     # The loop ends when all rows have; its text has no number of rounds, so they are put in here.
     cost = hlo.cost(text, unknown_rounds=max_length)
-    chip = where.chip
     return {
         "rows": rows,
-        "peak": memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        "seconds": max(
-            cost.flops / chip.flops, cost.bytes / chip.bandwidth, cost.sent / chip.network
-        ),
+        "peak": _peak(compiled),
+        "seconds": max(_seconds(cost, where.chip).values()),
     }
 
 
@@ -397,36 +379,37 @@ def estimated(setup: Setup, where: Topology) -> Plan:
     devices = partitioning.abstract_mesh(setup.mesh, where.size)
     _require_division(devices, work)
     mesh = dict(devices.shape)
-    # The policy changes nothing of what is held, and what it is asked for again is remembered.
-    held = _held(
-        dataclasses.replace(model, remat_policy="none"), setup.optimizer, setup.mesh, where.size
-    )
-    memory = estimate.memory(model, work, mesh, *held)
-    made, needed = estimate.flops(model, work)
+    memory = estimate.memory(model, work, mesh, *_held(setup, where.size))
+    made, useful = estimate.flops(model, work)
     return Plan(
         topology=where.name,
+        chip=chip,
         mesh=mesh,
         remat_policy=model.remat_policy,
         num_microbatches=work.num_microbatches,
         verified=False,
         memory=dataclasses.asdict(memory),
         peak=memory.total,
-        hbm=chip.hbm,
         flops=made / where.size,
-        recomputed=1 - needed / made,
+        recomputed=1 - useful / made,
         traffic=0.0,
         sent={},
         seconds=estimate.seconds(model, work, mesh, chip, t5.param_count(model)),
-        model_flops=needed,
+        model_flops=useful,
         tokens=work.tokens,
         devices=where.size,
-        peak_flops=chip.flops,
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _held(model: t5.T5Config, optimizer: optim.Optimizer, mesh: partitioning.MeshConfig, size: int):
+def _held(setup: Setup, size: int) -> tuple[float, float]:
     """Bytes of parameters and of slots on a device."""
+    # The policy changes nothing of it, and a search asks for all of them.
+    model = dataclasses.replace(setup.model, remat_policy="none")
+    return _held_without_policy(model, setup.optimizer, setup.mesh, size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _held_without_policy(model, optimizer, mesh, size: int) -> tuple[float, float]:
     devices = partitioning.abstract_mesh(mesh, size)
     state = train.abstract_state(t5.T5(model), optimizer.build(10), devices)
     return estimate.bytes_on_device(state.params), estimate.bytes_on_device(state.opt_state)
@@ -442,21 +425,19 @@ def candidates(setup: Setup, where: Topology) -> list[tuple[Setup, Plan]]:
     others, the smallest first.
     """
     found = []
-    for mesh in _meshes(setup, where.size):
-        shards = where.size // mesh.tensor
+    for mesh in _meshes(where.size):
         for policy in t5.REMAT_POLICIES:
             for parts in (1, 2, 4, 8, 16, 32):
-                if setup.work.rows % (shards * parts):
-                    continue
                 one = dataclasses.replace(
                     setup, mesh=mesh, work=dataclasses.replace(setup.work, num_microbatches=parts),
                     model=dataclasses.replace(setup.model, remat_policy=policy),
                 )  # fmt: skip
-                found.append((one, estimated(one, where)))
+                with contextlib.suppress(ValueError):  # rows, lengths or an axis do not divide
+                    found.append((one, estimated(one, where)))
 
     def order(item: tuple[Setup, Plan]):
         one, plan = item
-        fits = plan.peak <= 0.9 * plan.hbm
+        fits = plan.peak <= 0.9 * plan.chip.hbm
         # What waits for the network does not overlap wholly, so it breaks ties, with simplicity.
         slow = plan.step_seconds + 0.1 * plan.seconds["network"]
         return (not fits, slow if fits else plan.peak, one.work.num_microbatches, one.mesh.tensor)
@@ -464,18 +445,12 @@ def candidates(setup: Setup, where: Topology) -> list[tuple[Setup, Plan]]:
     return sorted(found, key=order)
 
 
-def _meshes(setup: Setup, devices: int) -> Iterator[partitioning.MeshConfig]:
-    """Those that divide the model's axes; the rest of the devices copies it."""
-    work = setup.work
-    for tensor in (n for n in (1, 2, 4, 8) if devices % n == 0):
-        if work.inputs % tensor or work.targets % tensor:
-            continue
-        for fsdp in (n for n in range(1, devices // tensor + 1) if devices // tensor % n == 0):
-            mesh = partitioning.MeshConfig(devices // tensor // fsdp, fsdp, tensor)
-            with contextlib.suppress(ValueError):  # an axis does not divide
-                model = dataclasses.replace(setup.model, remat_policy="none")
-                _held(model, setup.optimizer, mesh, devices)
-                yield mesh
+def _meshes(devices: int) -> Iterator[partitioning.MeshConfig]:
+    """All but for a `tensor` beyond a host's usual 8; the rest of the devices copies the model."""
+    for tensor in (1, 2, 4, 8):
+        if devices % tensor == 0:
+            for fsdp in partitioning.divisors(devices // tensor):
+                yield partitioning.MeshConfig(devices // tensor // fsdp, fsdp, tensor)
 
 
 def search(setup: Setup, where: Topology, most: int = 3) -> Iterator[tuple[Setup, Plan]]:
@@ -516,7 +491,7 @@ def describe(plan: Plan, steps: int | None = None) -> str:
         ("memory of a device", ", ".join(f"{name} {n:.2f}" for name, n in gib.items()) + " GiB"),
         (
             "peak",
-            f"{plan.peak / GIB:.2f} of {plan.hbm / GIB:.2f} GiB: "
+            f"{plan.peak / GIB:.2f} of {plan.chip.hbm / GIB:.2f} GiB: "
             + ("fits" if plan.fits else "DOES NOT FIT"),
         ),
         (
@@ -550,7 +525,7 @@ def table(plans: list[Plan]) -> str:
     head = ("mesh", "remat", "micro-batches", "peak GiB", "fits", "ms a step", "MFU", "recomputed")
     lines = [head] + [
         (
-            " ".join(f"{axis}={n}" for axis, n in p.mesh.items() if n > 1) or "one device",
+            partitioning.describe(p.mesh),
             p.remat_policy, str(p.num_microbatches), f"{p.peak / GIB:.2f}",
             "yes" if p.fits else "no", f"{p.step_seconds * 1e3:.1f}", f"{p.mfu:.0%}",
             f"{p.recomputed:.1%}",

@@ -296,7 +296,7 @@ def train(
       FloatingPointError: the updates of 10 steps in a row were not finite.
     """
     started = time.monotonic()
-    _keep_freed_memory()
+    keep_freed_memory()
     found = jax.devices()
     mesh = estimate.choose_mesh(
         mesh or partitioning.MeshConfig(), model, optimizer,
@@ -380,18 +380,10 @@ def train(
     period = config.stats_period or max(1, min(50, updates // 100))
     writer = MetricWriter(folder if is_writer else None)
     if is_writer:
-        print(
-            _summary(
-                corpus,
-                batches,
-                net,
-                config,
-                devices,
-                (start_step, last_step),
-                num_microbatches,
-                objective,
-            )
-        )
+        print(_summary(
+            corpus, batches, net, config, devices, (start_step, last_step), num_microbatches,
+            objective,
+        ))  # fmt: skip
 
     # 4. The loop. The metrics of a step are fetched after the next one is under way.
     def save(step: int, scores: list[evaluate.Score]) -> None:
@@ -479,7 +471,7 @@ def train(
     return TrainResult(last_step, progress.examples, progress.tokens, scores)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory, where arrays are on the host.
 
     XLA:CPU frees its temporaries after every step; given back to the system they have to be mapped
@@ -874,7 +866,7 @@ def _summary(corpus, batches, net, config, mesh, steps, num_microbatches, object
             + (f", logits of {chunk} positions at a time" if chunk else ""),
             f"steps {steps[0]} to {steps[1]} in {config.model_dir} on {mesh.size} "
             f"{jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
-            + (f", {partitioning.describe(mesh)}" if mesh.size > 1 else ""),
+            + (f", {partitioning.describe(mesh.shape)}" if mesh.size > 1 else ""),
         ]
     )
 

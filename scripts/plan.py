@@ -36,12 +36,9 @@ _DECODE_ROWS = flags.DEFINE_integer(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the plan.")
 
-# Planning reads no data and writes no run.
-_UNUSED = ["--gin.MODEL_DIR=unused", "--gin.MIXTURE_OR_TASK_NAME=arithmetic_step_by_step"]
-
 
 def run(argv):
-    arguments = configure.resolved_arguments(train.train, [argv[0], *_UNUSED, *argv[1:]])
+    arguments = configure.resolved_arguments(train.train, [argv[0], *plan.NO_RUN, *argv[1:]])
     if not _TOPOLOGY.value:
         raise ValueError("--topology is missing: what to plan for, such as --topology=v5e:4x4")
     config, data, model = (arguments[name] for name in ("config", "data", "model"))

@@ -130,7 +130,7 @@ def compare_embedding(rng: np.random.Generator) -> None:
 
 def run(argv):
     del argv
-    train._keep_freed_memory()  # as in training
+    train.keep_freed_memory()  # as in training
     rng = np.random.default_rng(0)
     if _ONLY.value != "embedding":
         compare_attention(rng)

@@ -13,7 +13,6 @@ of a TPU that is not there (needs libtpu) and gives memory only.
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 import time
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill import configure, partitioning, t5, train
+from distill import configure, estimate, partitioning, plan, t5, train
 
 _VARIANTS = flags.DEFINE_multi_string("variant", [""], "Settings, NAME=VALUE separated by spaces.")
 _ROWS = flags.DEFINE_integer("rows", 16, "Rows of a batch.", lower_bound=1)
@@ -76,30 +75,20 @@ def compiled(name: str, arguments: list[str], device: jax.Device, measured: bool
         model = dataclasses.replace(model, dtype="bfloat16")
     net, tx = t5.T5(model), given["optimizer"].build(1000)
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=1), [device])
-    place = partitioning.replicated(mesh)
-    step = functools.partial(
-        train.train_step, net=net, objective=given["objective"], tx=tx,
-        num_microbatches=given["config"].num_microbatches or 1,
-    )  # fmt: skip
-
-    def fresh(params):
-        return train.TrainState(jnp.int32(0), params, tx.init(params))
-
-    def abstract(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    step = train.jit_step(net, given["objective"], tx, given["config"].num_microbatches or 1)
 
     start, shapes = time.monotonic(), t5.param_shapes(model)
     key, batch = jax.random.key(0), random_batch(model.vocab_size)
-    state = abstract(jax.eval_shape(fresh, shapes))
-    lowered = jax.jit(step, donate_argnums=0).lower(state, abstract(batch), abstract(key))
-    program, state = lowered.compile(), None
+    work = estimate.Work(_ROWS.value, _INPUTS.value, _TARGETS.value)
+    program, state = step.lower(*plan.abstract_inputs(net, tx, mesh, work)).compile(), None
     print(f"{name or '(defaults)'}: compiled in {time.monotonic() - start:.0f} s", flush=True)
     if measured:
         draw = np.random.default_rng(0)  # quicker than compiling the initialisation
         params = jax.tree.map(
             lambda x: jnp.asarray(0.05 * draw.standard_normal(x.shape, np.float32), x.dtype), shapes
         )
-        state, batch = jax.device_put((jax.jit(fresh)(params), batch), place)
+        state = train.TrainState(jnp.int32(0), params, jax.jit(tx.init)(params))
+        state, batch = jax.device_put((state, batch), partitioning.replicated(mesh))
     return Variant(name, program, state, batch, key)
 
 
@@ -107,17 +96,16 @@ def main(argv):
     # resolved_arguments takes gin's flags; the rest are ours.
     known = [f"--{name}" for name in flags.FLAGS]
     passed = [a for a in argv[1:] if not any(a.split("=")[0] == name for name in known)]
-    passed += ["--gin_file=step_by_step.gin", "--gin.MIXTURE_OR_TASK_NAME=none"]
-    passed += ["--gin.MODEL_DIR=none"]
+    passed += ["--gin_file=step_by_step.gin", *plan.NO_RUN]
     configure.parse_argv(argv)
     device, rounds = jax.devices()[0], _ROUNDS.value
     if _TOPOLOGY.value:
-        from jax.experimental import topologies
-
-        found = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value)
+        found = plan.topology(_TOPOLOGY.value)
+        if not found.devices:
+            raise ValueError("--topology compiles: give a TPU's, with libtpu installed")
         device, rounds = found.devices[0], 0
     else:
-        train._keep_freed_memory()
+        train.keep_freed_memory()
     variants = [compiled(name, passed, device, rounds > 0) for name in _VARIANTS.value]
     for number in range(rounds + 1 if rounds else 0):
         for variant in variants:
