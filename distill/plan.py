@@ -254,11 +254,13 @@ def lower_train(setup: Setup, devices: list) -> jax.stages.Lowered:
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-    """Compiles, and reads the program's text.
-
-    The compiler writes the text into a folder: `Compiled.as_text` cannot read all that a newer
-    libtpu makes (jax 0.10.2: "async-update instruction should have 1 operands").
-    """
+    """Compiles, and reads the program's text."""
+    if jax.__version_info__ >= (0, 12):
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # Older ones cannot read all that a newer libtpu makes (jax 0.10.2 with libtpu 0.0.51:
+    # "async-update instruction should have 1 operands"), so the compiler has to write the text
+    # itself, and then it uses one core only.
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)

@@ -67,6 +67,7 @@ def run(argv):
     output = _OUTPUT.value and pathlib.Path(_OUTPUT.value)
     if output and not output.parent.is_dir():
         raise ValueError(f"--output={output}: there is no folder {output.parent}")
+    train.keep_freed_memory()
     print(f"{work.rows} rows of {work.inputs} + {work.targets} tokens a step", flush=True)
     if _SEARCH.value:
         setup, chosen = _search(setup, where)
