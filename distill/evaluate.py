@@ -101,21 +101,8 @@ def predict(
       batch_size: rows decoded together; rounded up to a multiple of the batch shards.
       max_length: tokens per answer at most.
     """
-    shards = partitioning.batch_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
-    lengths = np.array([len(x) for x in inputs])
-    answers = [""] * len(inputs)
-    for rows, padded in decode.length_buckets(lengths, batch_size):
-        tokens = np.zeros((batch_size, padded), np.int32)
-        for r, index in enumerate(rows):
-            tokens[r, : lengths[index]] = inputs[index]
-        tokens = partitioning.shard_whole(mesh, tokens)
-        output = partitioning.gather(
-            decode.greedy(params, tokens, model=net, max_length=max_length)
-        )
-        for r, index in enumerate(rows):
-            answers[index] = vocabulary.decode(output[r].tolist())
-    return answers
+    found = decode.generate(params, net, inputs, mesh, max_length=max_length, batch_size=batch_size)
+    return [vocabulary.decode(answers[0].tolist()) for answers in found.tokens]
 
 
 def score_tasks(
