@@ -1,125 +1,11 @@
-"""Text metrics: the equation parser agrees with Python where it is safe, and refuses the rest."""
+"""Metrics of labels, and the label in what a student wrote."""
 
-import math
-import random
-import time
+import inspect
 
 import numpy as np
 import pytest
 
 from distill import cache, evaluate, metrics
-
-
-def expression(rng, depth):
-    """Returns a random arithmetic expression."""
-    if depth == 0 or rng.random() < 0.2:
-        return rng.choice([str(rng.randrange(100)), f"{rng.uniform(0, 50):.2f}", f"{rng.random()}"])
-    if rng.random() < 0.15:
-        return f"-{expression(rng, depth - 1)}"
-    left, right = expression(rng, depth - 1), expression(rng, depth - 1)
-    text = f"{left} {rng.choice('+-*/')} {right}"
-    return f"( {text} )" if rng.random() < 0.7 else text
-
-
-def test_equals_python_on_generated_expressions():
-    rng = random.Random(0)
-    compared = 0
-    for _ in range(4000):
-        text = expression(rng, rng.randrange(1, 5))
-        try:
-            want = eval(text)  # our own text, from the generator above
-        except ZeroDivisionError:
-            want = None
-        got = metrics.equation_value(text)
-        # Beyond the limits None is right; within them, the value itself.
-        if want is None or len(text) > 200 or abs(want) >= 1e15:
-            assert got is None, text
-        elif got is None:
-            assert text.count("*") > 5 or len(text) > 150 or "/" in text, text
-        else:
-            compared += 1
-            assert got == want, text
-    assert compared > 3000
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "__import__('os').system('true')",
-        "9**9**9",
-        "9**2",
-        "7 // 2",
-        "7 % 2",
-        "1 if 1 else 2",
-        "(14, 21)",
-        "(25 + x)",
-        "(some - 8)",
-        "(7x = 14)",
-        "",
-        "   ",
-        "()",
-        "...",
-        "+5",
-        "1/0",
-        "1/(2-2)",
-        "2 3",
-        "(3",
-        "3)",
-        "5(3)",
-        "1e5",
-        "0x10",
-        "1_000",
-        "1,000",
-        "1.2.3",
-        "\x00",
-        "٣ + ١",
-        "(" * 90 + "1" + ")" * 90 + "0",
-        "(" * 5000 + "1" + ")" * 5000,
-        "-" * 150 + "1",
-        "9" * 16,
-        "9" * 199,
-        "999999999 * 999999999",
-        "1+" * 99 + "1" + "+1" * 30,
-        "3\n+4",
-        "*3",
-        "3 4 +",
-        "1" + " " * 250 + "+ 1",
-        "\ud800",
-    ],
-)
-def test_refuses(text):
-    start = time.perf_counter()
-    assert metrics.equation_value(text) is None
-    assert time.perf_counter() - start < 0.5
-
-
-@pytest.mark.parametrize(
-    "text, value",
-    [
-        ("( 84.0 / 2.0 )", 42),
-        ("(84 / 2)", 42),
-        (" 7 ", 7),
-        ("-(3 - 5)", 2),
-        ("--3", 3),
-        (".5", 0.5),
-        ("((17.0 + 15.0) + 2.0)\n", 34),
-        ("1/3", 1 / 3),
-        ("2 + 3 * 4", 14),
-    ],
-)
-def test_accepts(text, value):
-    assert metrics.equation_value(text) == value
-
-
-def test_equation_accuracy_scores_by_value():
-    targets = ["( 84.0 / 2.0 )", "( 10.0 - ( 6.0 + 3.0 ) )", "( 7.0 * 30.0 )", "1/3", "0"]
-    predictions = ["(84 / 2)", "(10 - 6)", "(some)", "0.33333333", "0.0"]
-    got = metrics.equation_accuracy(targets, predictions)
-    assert got == {"accuracy": 3 / 5, "unparsed": 1 / 5}
-
-
-def test_two_unparsable_texts_are_not_equal():
-    assert metrics.equation_accuracy(["x"], ["x"]) == {"accuracy": 0.0, "unparsed": 1.0}
 
 
 def test_label_accuracy_ignores_outer_whitespace_only():
@@ -135,21 +21,100 @@ def test_lists_that_do_not_line_up_are_errors(fn):
         fn([], [])
 
 
-def test_metrics_are_found_by_name():
-    assert all(metrics.METRICS[name].__name__ == name for name in metrics.METRICS)
+@pytest.mark.parametrize("fn", metrics.METRICS.values(), ids=metrics.METRICS)
+def test_metrics_have_the_form_that_seqio_asks_for(fn):
+    required = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+    assert required == ["targets", "predictions"]
+    for targets, predictions in (["1", "yes"], ["1", "no"]), (["x"], ["x"]):
+        assert all(type(value) is float for value in fn(targets, predictions).values())
+
+
+def test_metrics_are_found_by_the_name_that_a_task_keeps():
+    for name, fn in metrics.METRICS.items():
+        assert evaluate.metric_function(f"{fn.__module__}.{fn.__name__}") is fn
+        assert f"{fn.__module__}.{name}" == f"distill.metrics.{name}"
     assert metrics.METRICS["equation_accuracy"] is metrics.equation_accuracy
 
 
-def test_standard_error_is_that_of_repeated_draws():
-    assert metrics.standard_error(0.5, 100) == pytest.approx(0.05)
-    assert metrics.standard_error(1.0, 5) == 0
-    rng = random.Random(0)
-    means = [sum(rng.random() < 0.3 for _ in range(200)) / 200 for _ in range(2000)]
-    spread = math.sqrt(sum((m - 0.3) ** 2 for m in means) / len(means))
-    assert metrics.standard_error(0.3, 200) == pytest.approx(spread, rel=0.1)
-    for p, n in ((1.5, 10), (0.5, 0)):
-        with pytest.raises(ValueError, match=r"fraction in \[0, 1\]"):
-            metrics.standard_error(p, n)
+# --- By class -------------------------------------------------------------------------------------
+
+TARGETS = "e e e n n c c c c n".split()
+PREDICTIONS = "e n e n c c maybe c e n".split()
+
+
+def test_macro_f1_and_per_class_are_those_of_scikit_learn():
+    """By `precision_recall_fscore_support(..., labels=sorted(set(targets)), zero_division=0)`."""
+    assert metrics.macro_f1(TARGETS, PREDICTIONS)["macro_f1"] == pytest.approx(0.6349206349206349)
+    got = metrics.per_class(TARGETS, [f" {p}\n" for p in PREDICTIONS])
+    want = {
+        "c": (2 / 3, 1 / 2, 4 / 7, 4),
+        "e": (2 / 3, 2 / 3, 2 / 3, 3),
+        "n": (2 / 3, 2 / 3, 2 / 3, 3),
+    }
+    names = ("precision", "recall", "f1", "support")
+    assert got == pytest.approx(
+        {f"{name}/{c}": values[i] for c, values in want.items() for i, name in enumerate(names)}
+    )
+
+
+def test_classes_are_those_of_the_targets():
+    """What is only predicted is wrong for its target, and no class with an F1 of 0."""
+    assert metrics.macro_f1(["a", "a"], ["a", "z"]) == {"macro_f1": pytest.approx(2 / 3)}
+    assert metrics.per_class(["a", "b"], ["a", "z"]) == {
+        "precision/a": 1, "recall/a": 1, "f1/a": 1, "support/a": 1,
+        "precision/b": 0, "recall/b": 0, "f1/b": 0, "support/b": 1,
+    }  # fmt: skip
+
+
+def test_macro_f1_weighs_classes_alike():
+    targets = ["often"] * 98 + ["rare"] * 2
+    assert metrics.label_accuracy(targets, ["often"] * 100)["accuracy"] == 0.98
+    assert metrics.macro_f1(targets, ["often"] * 100)["macro_f1"] == pytest.approx(98 / 198)
+
+
+def test_per_class_is_not_for_free_text():
+    labels = [str(i) for i in range(101)]
+    assert metrics.macro_f1(labels, labels) == {"macro_f1": 1}
+    with pytest.raises(
+        ValueError, match="101 different labels; per_class .* at most 100.*macro_f1"
+    ):
+        metrics.per_class(labels, labels)
+
+
+# --- Against the teacher, and answers that are none -----------------------------------------------
+
+
+def test_same_label_is_equal_text_or_equal_value():
+    for a, b in (("park", " park\n"), ("( 84.0 / 2.0 )", "(84 / 2)"), ("(25 + x)", "(25 + x)")):
+        assert metrics.same_label(a, b) and metrics.same_label(b, a)
+    for a, b in (("park", "Park"), ("(84 / 2)", "(84 / 3)"), ("(25 + x)", "(x + 25)"), ("", "0")):
+        assert not metrics.same_label(a, b)
+
+
+def test_teacher_agreement_counts_where_the_teacher_spoke():
+    teacher = ["(84 / 2)", None, "park", "", "yes"]
+    student = ["42", "park", "sea", "x", "yes"]
+    assert metrics.teacher_agreement(teacher, student) == {"teacher_agreement": 2 / 3}
+    estimate = metrics.estimates(metrics.teacher_agreement, teacher, student)["teacher_agreement"]
+    assert (estimate.n, estimate.value) == (3, 2 / 3)
+    assert metrics.teacher_agreement([None, ""], ["a", "b"]) == {}
+    assert metrics.estimates(metrics.teacher_agreement, [None], ["a"]) == {}
+
+
+def test_parse_failure_is_what_no_row_allows():
+    park, sea = "Where?\nAnswer Choices:\n(a) park\n(b) sea ", "Where?\n(a) sea\n(b) sand"
+    allowed = metrics.allowed_labels(["park", "sea"], [park, sea])
+    assert allowed == [{"park", "sea"}, {"sea", "sand"}]
+    assert metrics.parse_failure(allowed, [" sea", "park"]) == {"parse_failure": 0.5}
+
+    allowed = metrics.allowed_labels(["( 1.0 + 2.0 )", "7"], ["Ann has one.", "Ben has two."])
+    assert allowed == [None, None]
+    assert metrics.parse_failure(allowed, ["(25 + x)", "3"]) == {"parse_failure": 0.5}
+
+    allowed = metrics.allowed_labels(["yes", "no", "yes"], ["p", "q", "r"])
+    assert allowed == [{"yes", "no"}] * 3
+    got = metrics.parse_failure(allowed, ["no", "", "yes and no"])
+    assert got == {"parse_failure": pytest.approx(2 / 3)}
 
 
 # --- The label in a generated text ----------------------------------------------------------------
