@@ -283,6 +283,47 @@ class Attention(nn.Module):
         out = self.out(mixed.reshape(*mixed.shape[:-2], -1))
         return _pin(self.constrain, out, STREAM, "attention_out")
 
+    def context(self, x: Array) -> tuple[Array, Array]:
+        """Keys and values of [b, k, e] as `step` reads them: [b, h, d, k] and [b, h, k, d]."""
+        keys, values = self.keys_values(x)
+        return jnp.einsum("bkhd->bhdk", keys), jnp.einsum("bkhd->bhkd", values)
+
+    def cached(self, x: Array, cache: tuple[Array, Array], position: Array, bias: Array):
+        """Attends from new tokens to those before them and to themselves.
+
+        Args:
+          x: normalised stream of q new tokens of each of n sequences a row, [b, n * q, e].
+          cache: keys [b, n, h, d, t] and values [b, n, h, t, d] of a row's sequences.
+          position: int32 scalar, of the first new token.
+          bias: [h, q, t], float32, with the mask in it.
+
+        Returns:
+          [b, n * q, e], and the cache with the new tokens at `position`.
+        """
+        rows, n = cache[0].shape[:2]
+        query, key, value = (
+            self._heads(dense(x), "").reshape(rows, n, -1, *cache[1].shape[2::2])
+            for dense in (self.query, self.key, self.value)
+        )
+        update = jax.lax.dynamic_update_slice_in_dim
+        keys = update(cache[0], jnp.einsum("bnqhd->bnhdq", key), position, axis=4)
+        values = update(cache[1], jnp.einsum("bnqhd->bnhqd", value), position, axis=3)
+        scores = jnp.einsum("bnqhd,bnhdt->bnhqt", query, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores + bias[None, None]).astype(values.dtype)
+        mixed = jnp.einsum("bnhqt,bnhtd->bnqhd", weights, values)
+        return self.out(mixed.reshape(*x.shape[:2], -1)), (keys, values)
+
+    def step(self, x: Array, context: tuple[Array, Array], bias: Array) -> Array:
+        """Attends from x [b, q, e] to what all of a row's sequences share, from `context`.
+
+        `bias` is the mask of it, [b, k].
+        """
+        query, (keys, values) = self._heads(self.query(x), ""), context
+        scores = jnp.einsum("bqhd,bhdk->bhqk", query, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores + bias[:, None, None]).astype(values.dtype)
+        mixed = jnp.einsum("bhqk,bhkd->bqhd", weights, values)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
+
     def _plain(self, query: Array, keys: Array, values: Array, bias: Array) -> Array:
         """Mixed values, [b, q, h, d]."""
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
@@ -378,43 +419,37 @@ class DecoderLayer(nn.Module):
         y = self.pre_self_attention_layer_norm(x)
         keys_values = self.self_attention.keys_values(y)
         x = x + self.drop(self.self_attention(y, keys_values, self_bias))
-        cross = self.encoder_decoder_attention.keys_values(encoded)
-        return self._after_self_attention(x, cross, cross_bias), None
-
-    def cross_keys_values(self, carry: None, encoded: Array):
-        """Keys and values of the encoder's output for this layer, each [b, k, h, d]."""
-        return carry, self.encoder_decoder_attention.keys_values(encoded)
-
-    def step(self, x: Array, layer_cache, cross, self_bias: Array, cross_bias: Array):
-        """One new token per row.
-
-        The cache is only read: the new token's key and value are attended to beside it and are
-        returned, so that the caller writes one position of one array per step instead of copying
-        the cache of every layer.
-
-        Args:
-          x: [b, 1, e].
-          layer_cache: keys and values of the earlier tokens, each [b, k, h, d].
-          cross: keys and values of the encoder's output, each [b, s, h, d].
-          self_bias: [1, h, 1, k + 1]; the last entry belongs to the new token itself.
-          cross_bias: [b, 1, 1, s].
-
-        Returns:
-          The stream [b, 1, e], and the new token's key and value, each [b, 1, h, d].
-        """
-        y = self.pre_self_attention_layer_norm(x)
-        new = self.self_attention.keys_values(y)
-        keys_values = tuple(
-            jnp.concatenate(kv, axis=1) for kv in zip(layer_cache, new, strict=True)
-        )
-        x = x + self.self_attention(y, keys_values, self_bias)
-        return self._after_self_attention(x, cross, cross_bias), new
-
-    def _after_self_attention(self, x: Array, cross, cross_bias: Array) -> Array:
         y = self.pre_cross_attention_layer_norm(x)
+        cross = self.encoder_decoder_attention.keys_values(encoded)
         x = x + self.drop(self.encoder_decoder_attention(y, cross, cross_bias))
         x = x + self.drop(self.mlp(self.pre_mlp_layer_norm(x)))
-        return _pin(self.constrain, x, STREAM)
+        return _pin(self.constrain, x, STREAM), None
+
+    def context(self, encoded: Array) -> tuple[Array, Array]:
+        """Keys and values of the encoder's states for `step`; see `Attention.context`."""
+        return self.encoder_decoder_attention.context(encoded)
+
+    def step(self, x: Array, cache, context, position: Array, self_bias: Array, cross_bias: Array):
+        """New tokens of each of a row's sequences; see `Decoder.step`.
+
+        Args:
+          x: [b, n * q, e].
+          cache: of this layer, see `Attention.cached`.
+          context: of this layer, from `context`.
+          position: int32 scalar, of the first new token.
+          self_bias: [h, q, t].
+          cross_bias: [b, k].
+
+        Returns:
+          The stream [b, n * q, e], and the cache with the new tokens in it.
+        """
+        y = self.pre_self_attention_layer_norm(x)
+        y, cache = self.self_attention.cached(y, cache, position, self_bias)
+        x = x + y
+        y = self.pre_cross_attention_layer_norm(x)
+        x = x + self.encoder_decoder_attention.step(y, context, cross_bias)
+        x = x + self.mlp(self.pre_mlp_layer_norm(x))
+        return _pin(self.constrain, x, STREAM), cache
 
 
 def relative_position_buckets(offsets: Array, bidirectional: bool) -> Array:
@@ -470,17 +505,16 @@ class RelativePositionBias(nn.Module):
         return jnp.einsum("hr,qkr->hqk", embedding, one_hot)[None]
 
 
-def _scanned(layer: type[nn.Module], config: T5Config, length: int, methods: dict):
+def _scanned(layer: type[nn.Module], config: T5Config, length: int):
     """`length` copies of a layer as one, parameters stacked on axis 0, recomputed by policy."""
     policy = REMAT_POLICIES[config.remat_policy]
     if policy is not None:
         # prevent_cse=False: inside a scan there is no common subexpression to protect.
         layer = nn.remat(layer, policy=policy, prevent_cse=False)
-    common = dict(
-        variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
+    return nn.scan(
+        layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast, length=length, metadata_params={nn.PARTITION_NAME: "layers"},
     )  # fmt: skip
-    return nn.scan(layer, methods={name: {**common, **axes} for name, axes in methods.items()})
 
 
 class Encoder(nn.Module):
@@ -492,8 +526,7 @@ class Encoder(nn.Module):
     def setup(self):
         cfg = self.config
         self.relpos_bias = RelativePositionBias(cfg.num_heads, bidirectional=True)
-        stack = _scanned(EncoderLayer, cfg, cfg.num_encoder_layers,
-                         {"__call__": {"in_axes": nn.broadcast}})  # fmt: skip
+        stack = _scanned(EncoderLayer, cfg, cfg.num_encoder_layers)
         self.layers = stack(cfg, self.constrain)
         self.encoder_norm = RMSNorm(cfg.compute_dtype)
         self.drop = Dropout(cfg.dropout_rate)
@@ -518,14 +551,7 @@ class Decoder(nn.Module):
     def setup(self):
         cfg = self.config
         self.relpos_bias = RelativePositionBias(cfg.num_heads, bidirectional=False)
-        stack = _scanned(
-            DecoderLayer, cfg, cfg.num_decoder_layers,
-            {
-                "__call__": {"in_axes": nn.broadcast},
-                "cross_keys_values": {"in_axes": nn.broadcast},
-                "step": {"in_axes": (0, 0, nn.broadcast, nn.broadcast)},
-            },
-        )  # fmt: skip
+        stack = _scanned(DecoderLayer, cfg, cfg.num_decoder_layers)
         self.layers = stack(cfg, self.constrain)
         self.decoder_norm = RMSNorm(cfg.compute_dtype)
         self.drop = Dropout(cfg.dropout_rate)
@@ -544,20 +570,51 @@ class Decoder(nn.Module):
         x, _ = self.layers(self.drop(embedded), encoded, self_bias, cross_bias)
         return self.drop(self.decoder_norm(x))
 
-    def cross_keys_values(self, encoded: Array):
-        """Keys and values of the encoder's states, each [layers, b, k, h, d]."""
-        return self.layers.cross_keys_values(None, encoded)[1]
+    def context(self, encoded: Array) -> list[dict[str, Any]]:
+        """What `step` reads of the encoder's states and of the parameters, for each layer.
 
-    def step(self, embedded, position, cache, cross, cross_bias):
-        """One token per row; see `T5.decode_step`."""
-        length = cache[0].shape[2]
-        keys = jnp.append(jnp.arange(length), position)
-        relative = self.relpos_bias(position[None], keys)
-        # Cache entries from `position` on have not been written yet; the last key is the token.
-        unwritten = (jnp.arange(length + 1) >= position) & (jnp.arange(length + 1) < length)
-        self_bias = relative + jnp.where(unwritten, MASKED, 0.0)[None, None, None]
-        x, new = self.layers.step(embedded, cache, cross, self_bias, cross_bias)
-        return self.decoder_norm(x), new
+        `params`: the layer's, in the compute type. Taken out of the stack here, once for all steps:
+        a scan over the stack would copy each layer's parameters in every step. `cross`: keys and
+        values of the states, [b, h, d, k] and [b, h, k, d].
+        """
+        stacked = self.layers.variables["params"]
+        layers = []
+        for i in range(self.config.num_decoder_layers):
+            params = jax.tree.map(lambda x, i=i: x[i].astype(self.config.compute_dtype), stacked)
+            cross = self._layer.apply({"params": params}, encoded, method="context")
+            layers.append({"params": params, "cross": cross})
+        return layers
+
+    def step(self, embedded: Array, position: Array, cache: list, context: list, cross_bias: Array):
+        """q new tokens of each of n sequences a row.
+
+        Args:
+          embedded: [b, n * q, e].
+          position: int32 scalar, of the first new token, from 0.
+          cache: for each layer keys [b, n, h, d, t] and values [b, n, h, t, d].
+          context: from `context`.
+          cross_bias: [b, k].
+
+        Returns:
+          States [b, n * q, e], and the cache with the new tokens in it.
+        """
+        n, length = cache[0][1].shape[1], cache[0][1].shape[3]
+        positions, keys = position + jnp.arange(embedded.shape[1] // n), jnp.arange(length)
+        later = keys[None, :] > positions[:, None]  # or not written yet
+        bias = self.relpos_bias(positions, keys)[0] + jnp.where(later, MASKED, 0.0)[None]
+        x, written = embedded, []
+        for layer, before in zip(context, cache, strict=True):
+            x, after = self._layer.apply(
+                {"params": layer["params"]}, x, before, layer["cross"], position, bias, cross_bias,
+                method="step",
+            )  # fmt: skip
+            written.append(after)
+        return self.decoder_norm(x), written
+
+    @property
+    def _layer(self) -> DecoderLayer:
+        """One layer by itself, to be applied to parameters of its own."""
+        return DecoderLayer(self.config, self.constrain, parent=None)
 
 
 class T5(nn.Module):
@@ -650,36 +707,59 @@ class T5(nn.Module):
         """Logits [b, q, v], float32, of a batch under T5X's batch keys."""
         return self.unembed(self.states(batch))
 
-    def start_decoding(self, encoder_input_tokens: Array):
-        """Encodes the inputs once for `decode_step`.
+    # --- What `decode` asks of a network. It knows nothing of an encoder: it hands the context from
+    # `start_decoding` to every step, and reorders a cache along its second axis.
+
+    def start_decoding(self, inputs: Array) -> tuple[Array, Any]:
+        """What is computed once for a batch of inputs.
 
         Args:
-          encoder_input_tokens: int32 [b, k], one sequence a row.
+          inputs: int32 [b, k], one sequence a row, 0 = padding.
 
         Returns:
-          Keys and values of every decoder layer, each [layers, b, k, h, d], and the mask as a bias
-          [b, 1, 1, k].
+          int32 [b], the token that each row's answers start from, and the context, which is for
+          `decode_step` alone; all answers to a row share it.
         """
-        cross = self.decoder.cross_keys_values(self.encode(encoder_input_tokens))
-        return cross, jnp.where(encoder_input_tokens > 0, 0.0, MASKED)[:, None, None]
+        context = {
+            "layers": self.decoder.context(self.encode(inputs)),
+            "bias": jnp.where(inputs > 0, 0.0, MASKED),
+        }
+        return jnp.zeros(inputs.shape[:1], jnp.int32), context
 
-    def decode_step(self, tokens: Array, position: Array, cache, cross, cross_bias):
-        """Logits of the next token, given one more token per row.
+    def empty_cache(self, rows: int, n: int, length: int) -> Any:
+        """A cache of `length` positions for n answers to each of so many rows.
+
+        Returns:
+          A tree of arrays [rows, n, ...]. What was written into one of fewer positions stays valid
+          in the first corner of a longer one.
+        """
+        cfg, heads = self.config, self.config.num_heads
+        axes = ("batch", None, "heads", None, None)
+        shapes = (rows, n, heads, cfg.head_dim, length), (rows, n, heads, length, cfg.head_dim)
+        return [
+            tuple(_pin(self.constrain, jnp.zeros(s, cfg.compute_dtype), axes) for s in shapes)
+            for _ in range(cfg.num_decoder_layers)
+        ]
+
+    def decode_step(self, tokens: Array, position: Array, cache: Any, context: Any):
+        """States after q more tokens of each of n answers a row.
 
         Args:
-          tokens: int32 [b], the newest token of each row.
-          position: int32 scalar, its position in the targets, from 0.
-          cache: keys and values of earlier tokens, each [layers, b, max_length, h, d].
-          cross: from `start_decoding`.
-          cross_bias: from `start_decoding`.
+          tokens: int32 [b, n, q]; a step of a loop has q = 1.
+          position: int32 scalar, of the first of them, from 0.
+          cache: from `empty_cache`, with all earlier tokens in it.
+          context: from `start_decoding`.
 
         Returns:
-          float32 logits [b, v], and the token's keys and values, each [layers, b, 1, h, d], which
-          the caller writes into the cache at `position`.
+          States [b, n, q, e], of which `unembed` makes logits of the next token, and the cache with
+          the new tokens in it.
         """
-        embedded = self._embed(tokens[:, None])
-        states, new = self.decoder.step(embedded, position, cache, cross, cross_bias)
-        return self.unembed(states)[:, 0], new
+        rows, n, q = tokens.shape
+        embedded = self.token_embedder.few(tokens.reshape(rows, n * q))
+        states, cache = self.decoder.step(
+            embedded, position, cache, context["layers"], context["bias"]
+        )
+        return states.reshape(rows, n, q, -1), cache
 
     def _embed(self, tokens: Array) -> Array:
         return _pin(self.constrain, self.token_embedder(tokens), STREAM)
@@ -703,6 +783,11 @@ class Embedder(nn.Module):
         table = _pin(self.constrain, self.embedding.astype(self.dtype), ("vocab", None))
         found = jnp.take(table, tokens, axis=0)
         return _pin(self.constrain, found, ("batch", "length", "embed"))
+
+    def few(self, tokens: Array) -> Array:
+        """The same for few tokens, as decoding has them: they go to the table, not it to them."""
+        found = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return _pin(self.constrain, found, STREAM)
 
     def attend(self, states: Array) -> Array:
         return jnp.einsum("...e,ve->...v", states, self.embedding)

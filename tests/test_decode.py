@@ -45,9 +45,10 @@ def test_greedy_ends_when_all_rows_have():
 def test_length_buckets_cover_every_row_once_in_few_shapes():
     lengths = np.random.default_rng(0).integers(1, 300, 1000)
     seen, shapes = [], set()
-    for rows, padded in decode.length_buckets(lengths, 64):
+    for rows, (size, padded) in decode.length_buckets(lengths, 64):
+        assert len(rows) <= size <= 64
         assert lengths[rows].max() <= padded
         seen += rows.tolist()
-        shapes.add(padded)
+        shapes.add((size, padded))
     assert sorted(seen) == list(range(1000))
     assert len(shapes) <= 5
