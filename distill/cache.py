@@ -40,10 +40,10 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from distill import sources
+from distill import prompts, sources
 from distill import vocabulary as vocabulary_lib
 
-FORMAT = 4
+FORMAT = 5
 # A generation that is not the current one any more may still be read for so long (seconds).
 GRACE = 7 * 24 * 3600
 _COLUMNS = ("lengths", "loss_groups", "keys", "choices", "weights", "population")
@@ -139,6 +139,9 @@ class Record:
       example_id: shared by the sequences of one example.
       label: the gold label, text; empty where there is none.
       text: the input before tokenising.
+      teacher: the teacher's label, in validation and test; empty where there is none.
+      teacher_rationale: the same for its rationale.
+      options: the labels of a classification task, one a line, in validation and test.
     """
 
     inputs: np.ndarray
@@ -146,6 +149,9 @@ class Record:
     example_id: str
     label: str
     text: str
+    teacher: str = ""
+    teacher_rationale: str = ""
+    options: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +287,8 @@ def load(config: RowsConfig, split: str, *, prepared: bool = False) -> Corpus:
       prepared: the caller has just called `prepare`; do not look again.
 
     Raises:
-      ValueError: unknown task, or rows that do not add up (from the task's source).
+      prompts.UnknownNameError: unknown task.
+      ValueError: rows that do not add up (from the task's source).
       FileNotFoundError: the task's data is missing; NoSplitError where it never had this split.
     """
     if not prepared:
@@ -336,8 +343,8 @@ def _code(module: str) -> dict[str, str]:
     packages and the standard library.
     """
     here = pathlib.Path(__file__).parent
-    files = {here / f"{name}.py" for name in ("task", "metrics", "vocabulary")}
-    files |= set((here / "sources").glob("*.py"))
+    files = {here / f"{name}.py" for name in ("task", "prompts", "vocabulary")}
+    files |= {file for package in ("sources", "metrics") for file in (here / package).glob("*.py")}
     installed = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib",
                                                              "platlib")})  # fmt: skip
     for name, imported in list(sys.modules.items()):
@@ -451,7 +458,7 @@ def prepare(config: RowsConfig, splits: Sequence[str], *, rebuild: bool = False)
         errors.seek(0)
         said = errors.read()
     if failure is not None:
-        kinds = (ValueError, FileNotFoundError, ModuleNotFoundError)
+        kinds = (prompts.UnknownNameError, ValueError, FileNotFoundError, ModuleNotFoundError)
         raise {kind.__name__: kind for kind in kinds}[failure["kind"]](failure["message"])
     if child.returncode:
         raise RuntimeError(f"Tokenising failed (exit {child.returncode}):\n{said}")
@@ -473,7 +480,9 @@ def _build_all(request: str) -> int:
         for split in splits:
             _build(_folder(config, split), config, split)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        kinds = (ModuleNotFoundError, FileNotFoundError, ValueError)
+        kinds = (
+            ModuleNotFoundError, FileNotFoundError, prompts.UnknownNameError, ValueError
+        )  # fmt: skip
         kind = next(k for k in kinds if isinstance(error, k))
         _tell(failure={"kind": kind.__name__, "message": str(error)})
         return 1
@@ -627,7 +636,9 @@ def _write_task(folder, number: int, name: str, population, rows, digest, told) 
         lengths = (len(row["inputs"]), len(row["targets"]))
         if not any(lengths):
             raise ValueError(f"{name}: the row of example {row['example_id']!r} has no tokens.")
-        texts = json.dumps([row["example_id"], row["label"], row["inputs_pretokenized"]])
+        texts = [row["example_id"], row["label"], row["inputs_pretokenized"]]
+        extra = [row.get(key, "") for key in ("teacher", "teacher_rationale", "options")]
+        texts = json.dumps(texts + extra if any(extra) else texts)
         record = _HEADER.pack(*lengths) + inputs + targets + texts.encode()
         writer.write(record)
         digest.update(record)

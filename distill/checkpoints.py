@@ -328,6 +328,16 @@ def read_metadata(folder: epath.PathLike) -> dict[str, Any]:
     return json.loads((folder / _METADATA).read_bytes())
 
 
+def fingerprint(folder: epath.PathLike) -> str:
+    """Returns a sha256 that changes with any file of a checkpoint folder; reads the manifest only.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      ValueError: if it is not a checkpoint.
+    """
+    return hashlib.sha256(_sealed(_read_manifest(_absolute(folder)))).hexdigest()
+
+
 def leaves(folder: epath.PathLike) -> Leaves:
     """Returns {leaf's path: (shape, dtype name)} of one checkpoint folder; reads no array.
 

@@ -28,11 +28,11 @@ from absl import logging
 from distill import (
     decode,
     estimate,
-    evaluate,
     hlo,
     objectives,
     optim,
     partitioning,
+    students,
     t5,
     train,
 )  # fmt: skip
@@ -341,7 +341,7 @@ def compile_decode(setup: Setup, where: Topology, rows: int, max_length: int) ->
     tokens = jax.ShapeDtypeStruct(
         (rows, setup.work.inputs), jnp.int32, sharding=partitioning.batch_sharding(mesh)
     )
-    params = evaluate.abstract_params(net, mesh)
+    params = students.abstract_params(net, mesh)
     lowered = decode.greedy.lower(params, tokens, model=net, max_length=max_length)
     compiled, text = _compile(lowered)
     # The loop ends when all rows have; its text has no number of rounds, so they are put in here.

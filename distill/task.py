@@ -19,7 +19,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for a GPU
 import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from distill import metrics, sources  # noqa: E402
+from distill import metrics, prompts, sources  # noqa: E402
 from distill import vocabulary as vocabulary_lib  # noqa: E402
 
-PREDICT = "predict: "
-EXPLAIN = "explain: "
-RATIONALE = " Rationale: "  # between the input and a rationale that is part of it
 LABEL_GROUP = 0
 RATIONALE_GROUP = 1
 DEFAULT_MODULE = "tasks"
@@ -109,43 +106,11 @@ def reset() -> None:
 # --- Registering ---------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stream:
-    """One of the tasks that `register` makes of a dataset.
-
-    Attributes:
-      prefix: of the input.
-      explains: the target is a rationale, in its own loss group.
-      reads_rationale: the rationale is part of the input.
-      answer_form: how the target holds the label, one of `metrics.ANSWER_FORMS`.
-    """
-
-    prefix: str = ""
-    explains: bool = False
-    reads_rationale: bool = False
-    answer_form: str = "label"
-
-    @property
-    def loss_group(self) -> int:
-        return RATIONALE_GROUP if self.explains else LABEL_GROUP
-
-    @property
-    def single_task(self) -> bool:
-        """Whether one example holds the rationale and the label."""
-        return self.reads_rationale or self.answer_form != "label"
+_ALL_MIXTURES = {"label": ("label",), **prompts.MIXTURES}  # of `register_all`
 
 
-_STREAMS = {
-    "label": _Stream(),
-    "predict": _Stream(prefix=PREDICT),
-    "explain": _Stream(prefix=EXPLAIN, explains=True),
-    "rationale_label": _Stream(answer_form="rationale_label"),
-    "label_rationale": _Stream(answer_form="label_rationale"),
-    "with_rationale": _Stream(reads_rationale=True),
-}
-_MIXTURES = {"step_by_step": ("predict", "explain")}
-_ALL_MIXTURES = {"label": ("label",), **_MIXTURES}  # of `register_all`
-_LABELERS = ("", "_llm")  # gold, teacher: suffixes of the names
+# The labels that an answer may be, of all rows or of one with this input.
+Options = Sequence[str] | Callable[[str], Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +128,7 @@ class _Registered:
     """What we know of a task beyond SeqIO."""
 
     dataset: str
-    stream: _Stream
+    stream: prompts.Form
 
 
 _registered: dict[str, _Registered] = {}
@@ -178,6 +143,7 @@ def register(
     *,
     source: sources.Source,
     metric_fns: Sequence[metrics.MetricFn] = (metrics.label_accuracy,),
+    options: Options = (),
 ) -> None:
     """Registers the SeqIO tasks and mixtures of one dataset.
 
@@ -211,13 +177,16 @@ def register(
     Every example has `inputs` and `targets` (int32 ids, both ending with EOS),
     `inputs_pretokenized`, `targets_pretokenized`, `example_id`, `label` (gold, "" where none), and
     as int32 `loss_group`, `choice` and `loss_weight` (thousandths: that of the answer for targets
-    with a rationale and for teacher labels, else 1000).
+    with a rationale and for teacher labels, else 1000). In validation and test there are also the
+    texts `teacher` (its label), `teacher_rationale` and `options`, one a line; "" where none.
 
     Args:
       name: of the dataset.
       source: gives the rows.
       metric_fns: SeqIO metric functions for the tasks that answer; the first says which labels of
         the teacher are right, in `report` and in the teacher filter.
+      options: of a classification task the labels, or a function that finds them in an input;
+        evaluation can then choose among them by likelihood.
 
     Raises:
       ValueError: the name is taken.
@@ -227,20 +196,21 @@ def register(
             f"the dataset {name!r} is already registered. A module that registers "
             "tasks must have one import name; another dataset needs another name"
         )
-    _refuse_taken(name, [f"{name}_{s}{by}" for s in (*_STREAMS, *_MIXTURES) for by in _LABELERS])
+    forms = (*prompts.FORMS, *prompts.MIXTURES)
+    _refuse_taken(name, [f"{name}_{form}{by}" for form in forms for by in prompts.LABELERS])
     once = sources.Remembered(source)
     dataset = _Dataset(source, once, sources.configured(once, *metric_fns[:1]), tuple(metric_fns))
     features = {
         key: seqio.Feature(vocabulary().as_seqio(), add_eos=True, dtype=tf.int32)
         for key in ("inputs", "targets")
     }
-    for labeler in _LABELERS:
-        for stream_name, stream in _STREAMS.items():
+    for labeler in prompts.LABELERS:
+        for stream_name, stream in prompts.FORMS.items():
             task_name = f"{name}_{stream_name}{labeler}"
             seqio.TaskRegistry.add(
                 task_name,
                 source=seqio.FunctionDataSource(
-                    _dataset_fn(task_name, dataset.configured, stream, teacher=bool(labeler)),
+                    _dataset_fn(task_name, dataset.configured, stream, bool(labeler), options),
                     splits=source.splits,
                 ),
                 preprocessors=[
@@ -253,7 +223,7 @@ def register(
                 output_features=features,
             )
             _registered[task_name] = _Registered(name, stream)
-        for mixture, streams in _MIXTURES.items():
+        for mixture, streams in prompts.MIXTURES.items():
             _add_mixture(
                 f"{name}_{mixture}{labeler}", [(f"{name}_{s}{labeler}", 1.0) for s in streams]
             )
@@ -275,8 +245,9 @@ def register_all(names: Sequence[str] | None = None) -> None:
     names = datasets() if names is None else list(names)
     for name in names:
         dataset(name)
-    _refuse_taken("all", [f"all_{mixture}{by}" for mixture in _ALL_MIXTURES for by in _LABELERS])
-    for labeler in _LABELERS:
+    labelers = prompts.LABELERS
+    _refuse_taken("all", [f"all_{mixture}{by}" for mixture in _ALL_MIXTURES for by in labelers])
+    for labeler in prompts.LABELERS:
         for mixture, streams in _ALL_MIXTURES.items():
             members = [f"{name}_{stream}{labeler}" for name in names for stream in streams]
             _add_mixture(f"all_{mixture}{labeler}", [(member, train_rows) for member in members])
@@ -309,7 +280,9 @@ def _refuse_taken(name: str, wanted: list[str]) -> None:
         )
 
 
-def _dataset_fn(task_name: str, source: sources.Source, stream: _Stream, teacher: bool):
+def _dataset_fn(
+    task_name: str, source: sources.Source, stream: prompts.Form, teacher: bool, options: Options
+):
     """Returns the function that gives SeqIO the texts of one stream."""
 
     def dataset_fn(split: str, shuffle_files: bool = False, seed: int | None = None):
@@ -321,6 +294,10 @@ def _dataset_fn(task_name: str, source: sources.Source, stream: _Stream, teacher
             raise ValueError(_no_example(task_name, stream, teacher, len(rows)))
         types = dict.fromkeys(("inputs", "targets", "example_id", "label"), tf.string)
         types |= dict.fromkeys(("loss_group", "choice", "loss_weight"), tf.int32)
+        if split != "train":
+            types |= dict.fromkeys(_OF_EVALUATION, tf.string)
+            texts = {row.id: _of_evaluation(row, options) for row in rows}
+            examples = [e | texts[e["example_id"]] for e in examples]
         return tf.data.Dataset.from_tensor_slices(
             {
                 key: tf.constant([e[key] for e in examples], dtype, [len(examples)])
@@ -331,7 +308,18 @@ def _dataset_fn(task_name: str, source: sources.Source, stream: _Stream, teacher
     return dataset_fn
 
 
-def _no_example(task_name: str, stream: _Stream, teacher: bool, rows: int) -> str:
+# What evaluation shows and scores beside the label.
+_OF_EVALUATION = ("teacher", "teacher_rationale", "options")
+
+
+def _of_evaluation(row: sources.Row, options: Options) -> dict[str, str]:
+    said = row.teacher or (row.rationales[0] if row.rationales else sources.Answer())
+    allowed = options(row.input) if callable(options) else options
+    values = (said.label or "", said.rationale or "", "\n".join(allowed))
+    return dict(zip(_OF_EVALUATION, values, strict=True))
+
+
+def _no_example(task_name: str, stream: prompts.Form, teacher: bool, rows: int) -> str:
     label = "a teacher label that parses" if teacher else "a gold label"
     if stream.explains:
         needed = "a rationale" if teacher else "a rationale and a gold label"
@@ -346,8 +334,12 @@ def _no_example(task_name: str, stream: _Stream, teacher: bool, rows: int) -> st
     )
 
 
+def _loss_group(stream: prompts.Form) -> int:
+    return RATIONALE_GROUP if stream.explains else LABEL_GROUP
+
+
 def _examples(
-    row: sources.Row, stream: _Stream, split: str, teacher: bool
+    row: sources.Row, stream: prompts.Form, split: str, teacher: bool
 ) -> Iterator[dict[str, Any]]:
     """Yields the examples of a row in one stream; the rules are those of `register`."""
     training = split == "train"
@@ -370,7 +362,7 @@ def _examples(
         inputs = stream.prefix + row.input
         if stream.reads_rationale and answer.rationale:
             # A literal `</s>` in an input becomes an id; from the teacher it is only text.
-            inputs += RATIONALE + answer.rationale.replace(sources.EOS_TEXT, " ")
+            inputs += prompts.RATIONALE + answer.rationale.replace(sources.EOS_TEXT, " ")
         gold_only = stream.answer_form == "label" and not stream.explains and not teacher
         yield {
             "inputs": inputs,
@@ -379,7 +371,7 @@ def _examples(
             else metrics.answer_target(stream.answer_form, label, answer.rationale),
             "example_id": row.id,
             "label": row.label or "",
-            "loss_group": stream.loss_group,
+            "loss_group": _loss_group(stream),
             "choice": choice,
             "loss_weight": sources.FULL_WEIGHT if gold_only else answer.weight,
         }
@@ -492,12 +484,12 @@ def lookup(name: str) -> seqio.Task | seqio.Mixture:
     """Returns the task or mixture of that name.
 
     Raises:
-      ValueError: it is unknown; the message lists close and all known names.
+      prompts.UnknownNameError: there is none; the message lists close and all known names.
     """
     if name in seqio.MixtureRegistry.names() or name in seqio.TaskRegistry.names():
         return seqio.get_mixture_or_task(name)
     known = sorted({*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()})
-    raise ValueError(_unknown("task or mixture", name, known))
+    raise prompts.UnknownNameError(_unknown("task or mixture", name, known))
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -512,7 +504,7 @@ def _unknown(kind: str, name: str, known: list[str]) -> str:
     else:
         imported = "No task module was imported: call task.import_module. "
     # Not all names: a dataset has fourteen and its mixtures.
-    forms = ", ".join(f"<dataset>_{form}" for form in (*_STREAMS, *_MIXTURES))
+    forms = ", ".join(f"<dataset>_{form}" for form in (*prompts.FORMS, *prompts.MIXTURES))
     others = [
         n for n in known if n not in _registered and n not in _mixtures and n not in _datasets
     ]
@@ -600,7 +592,7 @@ def describe(
                 name=member.name,
                 rate=provider.get_rate(member) if mixes else 1.0,
                 metrics=tuple(f"{fn.__module__}.{fn.__name__}" for fn in member.metric_fns),
-                loss_group=ours.stream.loss_group if ours else None,
+                loss_group=_loss_group(ours.stream) if ours else None,
                 dataset=ours.dataset if ours else None,
                 answer_form=ours.stream.answer_form if ours else "label",
             )
@@ -658,7 +650,8 @@ def tokenized_rows(task_name: str, split: str) -> Iterator[dict[str, Any]]:
 
     Yields:
       `inputs`, `targets` (int32 [length]), `inputs_pretokenized`, `targets_pretokenized`,
-      `example_id`, `label` (str), `loss_group`, `choice` and `loss_weight` (int; see `register`).
+      `example_id`, `label`, `teacher`, `teacher_rationale`, `options` (str), `loss_group`, `choice`
+      and `loss_weight` (int; see `register`).
       A SeqIO task from elsewhere gets defaults: example_id "<task>/<split>/<i>", label = the
       target's text, loss_group 0, choice 0, loss_weight 1000.
 
@@ -696,6 +689,7 @@ def tokenized_rows(task_name: str, split: str) -> Iterator[dict[str, Any]]:
             "choice": _integer(example, "choice", 0),
             "loss_weight": _integer(example, "loss_weight", sources.FULL_WEIGHT),
             "label": _text(example, "label", text["targets"]),
+            **{key: _text(example, key, "") for key in _OF_EVALUATION},
         }
 
 
@@ -706,7 +700,7 @@ def _numpy_rows(dataset: tf.data.Dataset) -> Iterator[dict[str, Any]]:
     """
     wanted = {
         *("inputs", "targets", "inputs_pretokenized", "targets_pretokenized"),
-        *("example_id", "label", "loss_group", "choice", "loss_weight"),
+        *("example_id", "label", "loss_group", "choice", "loss_weight", *_OF_EVALUATION),
     }
     keys = [k for k in dataset.element_spec if k in wanted]
 

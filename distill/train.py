@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import functools
 import itertools
-import json
 import math
 import sys
 import time
@@ -35,6 +34,8 @@ from distill import (
     optim,
     packing,
     partitioning,
+    results,
+    students,
     t5,
 )  # fmt: skip
 from distill import data as data_lib
@@ -250,7 +251,7 @@ def jit_step(
 
 def abstract_state(net: t5.T5, tx: optax.GradientTransformation, mesh) -> TrainState:
     """Shapes and shardings of the state on a mesh; allocates nothing."""
-    params = evaluate.abstract_params(net, mesh)
+    params = students.abstract_params(net, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     slots = jax.eval_shape(tx.init, params)
     places = partitioning.optimizer_shardings(mesh, slots, params, shardings)
@@ -373,13 +374,28 @@ def train(
     replicated = partitioning.replicated(devices)
     # jit, since device_put reaches the devices of this process only.
     dropout_rng = jax.jit(jax.random.key, out_shardings=replicated)(config.random_seed)
+    facts = {  # of the run, in every checkpoint
+        "base_step": base_step,
+        "last_step": last_step,
+        "data": fingerprint,
+        "mixture": data.mixture_or_task_name,
+        "module": data.mixture_or_task_module,
+        "vocabulary": data.vocabulary,
+        "data_dir": data.data_dir,
+        "parsing": data.parsing,
+        "rationale_store": data.rationale_store,
+        "allow_missing": list(data.allow_missing),
+        # "fused" is a wish of this machine, not of the model: who reads may have no GPU.
+        "model": dataclasses.asdict(dataclasses.replace(model, attention="plain")),
+        "objective": repr(objective),
+    }
     examine = functools.partial(
         _evaluate, config=config, net=net, objective=objective, eval_fn=eval_fn,
-        vocabulary=vocabulary, mesh=devices, row_lengths=batches.capacity,
+        vocabulary=vocabulary, mesh=devices, row_lengths=batches.capacity, facts=facts,
     )  # fmt: skip
 
     period = config.stats_period or max(1, min(50, updates // 100))
-    writer = MetricWriter(folder if is_writer else None)
+    writer = results.MetricWriter(folder if is_writer else None)
     if is_writer:
         print(_summary(
             corpus, batches, net, config, devices, (start_step, last_step), num_microbatches,
@@ -388,24 +404,11 @@ def train(
 
     # 4. The loop. The metrics of a step are fetched after the next one is under way.
     def save(step: int, scores: list[evaluate.Score]) -> None:
-        accuracy = [s.metrics["accuracy"] for s in scores if "accuracy" in s.metrics]
+        accuracy = [s.values["accuracy"] for s in scores if "accuracy" in s.values]
         metadata = {
-            "step": step,
-            "base_step": base_step,
-            **dataclasses.asdict(progress),
-            "data": fingerprint,
-            "mixture": data.mixture_or_task_name,
-            "module": data.mixture_or_task_module,
-            "vocabulary": data.vocabulary,
-            "data_dir": data.data_dir,
-            "parsing": data.parsing,
-            "rationale_store": data.rationale_store,
-            "allow_missing": list(data.allow_missing),
-            # "fused" is a wish of this machine, not of the model: who reads may have no GPU.
-            "model": dataclasses.asdict(dataclasses.replace(model, attention="plain")),
-            "objective": repr(objective),
-            "metrics": {f"{s.task}/{s.split}": s.metrics for s in scores},
-        }
+            "step": step, **dataclasses.asdict(progress), **facts,
+            "metrics": {f"{s.task}/{s.split}": s.values for s in scores},
+        }  # fmt: skip
         tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
         metric = float(np.mean(accuracy)) if accuracy else None
         saver.save(step, tree, metadata, metric)
@@ -605,7 +608,7 @@ def _initial_params(
             return None, metadata["base_step"], None
         raise FileNotFoundError(f"No intact checkpoint in {saver.folder}.")
 
-    abstract = evaluate.abstract_params(net, mesh)
+    abstract = students.abstract_params(net, mesh)
     if path is None:
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         init = jax.jit(lambda key: t5.init_params(net.config, key), out_shardings=shardings)
@@ -687,45 +690,6 @@ def _require_shared(folder: epath.Path) -> None:
 
 
 # --- What a run tells -----------------------------------------------------------------------------
-
-
-class MetricWriter:
-    """Writes scalars as TensorBoard event files and as JSON lines, one folder a kind.
-
-    `<kind>/events.out.tfevents.*` and `<kind>/metrics.jsonl` under the model folder.
-    """
-
-    def __init__(self, folder: epath.Path | None):
-        """folder: MODEL_DIR; None writes nothing (all processes but one)."""
-        self._folder = folder
-        self._boards: dict[str, Any] = {}
-
-    def write(self, kind: str, step: int, scalars: dict[str, float]) -> None:
-        if self._folder is None:
-            return
-        # A loss group that is absent has no mean: no point on the board, and null in JSON.
-        finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        path, line = self._folder / kind / "metrics.jsonl", json.dumps({"step": step, **finite})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if "://" in str(path):  # object stores cannot append
-            path.write_text((path.read_text() if path.exists() else "") + line + "\n")
-        else:
-            with path.open("a") as f:
-                f.write(line + "\n")
-        if kind not in self._boards:
-            from tensorboardX import SummaryWriter  # no TensorFlow; 2 s to import
-
-            self._boards[kind] = SummaryWriter(str(path.parent))
-        for name, value in finite.items():
-            if value is not None:
-                self._boards[kind].add_scalar(name, value, step)
-
-    def __enter__(self) -> "MetricWriter":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for board in self._boards.values():
-            board.close()
 
 
 class _Window:
@@ -810,8 +774,9 @@ def _show(bar: tqdm, step: int, last_step: int, report: dict[str, float]) -> Non
 
 
 def _evaluate(
-    held_out: _HeldOut, params, step: int, progress: _Progress, writer: MetricWriter, bar: tqdm,
-    *, config: TrainConfig, net: t5.T5, objective, eval_fn, vocabulary, mesh, row_lengths,
+    held_out: _HeldOut, params, step: int, progress: _Progress, writer: results.MetricWriter,
+    bar: tqdm, *, config: TrainConfig, net: t5.T5, objective, eval_fn, vocabulary, mesh,
+    row_lengths, facts,
 ) -> list[evaluate.Score]:  # fmt: skip
     """Loss under teacher forcing, and greedy accuracy, on a split; both written and shown."""
     corpus, total = held_out.corpus, None
@@ -825,24 +790,28 @@ def _evaluate(
     summary = objectives.summarize(objective, *total)
     scalars = {name: float(value) for name, value in summary.items()}
     writer.write(f"training_eval/{corpus.name}/{corpus.split}", step, scalars)
-    scores = evaluate.score_tasks(
-        params, net, corpus, vocabulary, mesh,
-        num_examples=config.evaluator_num_examples, row_lengths=row_lengths,
-    )  # fmt: skip
-    for score in scores:
+    student = students.Student(params, net, mesh, vocabulary, row_lengths)
+    how = evaluate.Answering(num_examples=config.evaluator_num_examples)
+    folder = epath.Path(config.model_dir).expanduser()
+    about = {**dataclasses.asdict(progress), **facts}
+    now = students.Checkpoint(folder / f"checkpoint_{step}", folder, step, "", about)
+    scores = []
+    for task in evaluate.scored(corpus):
+        score = evaluate.score(student, task, corpus.split, how)
+        scores.append(score)
         seen = {"tokens": progress.tokens, "examples": progress.examples}
-        values = {**score.metrics, "standard_error": score.standard_error, **seen}
-        writer.write(f"inference_eval/{score.task}/{score.split}", step, values)
+        writer.write(f"inference_eval/{score.task}/{score.split}", step, {**score.scalars, **seen})
         if jax.process_index() == 0:
-            kept = dataclasses.replace(
-                score, predictions=score.predictions[: config.json_write_n_results]
-            )
-            folder = epath.Path(config.model_dir).expanduser() / "inference_eval"
-            evaluate.write_score(folder, kept, step)
+            evaluate.keep(
+                folder / "inference_eval", f"{score.split}/{score.task}-{step:06}.jsonl",
+                f"training/{step}/{score.task}/{score.split}", score, now, task,
+                most=config.json_write_n_results,
+            )  # fmt: skip
+            name, e = score.main
             bar.write(
-                f"step {step}  {score.task}, {score.split}: accuracy "
-                f"{score.metrics.get('accuracy', math.nan):.4f} +- {score.standard_error:.4f} "
-                f"(n = {score.n}), loss {scalars.get('loss', math.nan):.4f}"
+                f"step {step}  {score.task}, {score.split}: {name} {e.value:.4f} "
+                f"+- {e.standard_error:.4f} (n = {score.n}), "
+                f"loss {scalars.get('loss', math.nan):.4f}"
             )
     return scores
 

@@ -8,6 +8,7 @@ import abc
 import hashlib
 from collections.abc import Iterable, Sequence
 
+EOS_TEXT = "</s>"  # in an input it stands for the EOS id
 BYTES = "bytes"
 SPIECE = "spiece.model"
 
@@ -39,6 +40,14 @@ class Vocabulary(abc.ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without an EOS."""
         return [self.encode(text) for text in texts]
+
+    def encode_input(self, text: str) -> list[int]:
+        """Returns the ids of an input with its EOS, as a task's rows have them.
+
+        A literal `</s>` inside it becomes the EOS id, see `task.tokenize`.
+        """
+        pieces = self.encode_batch(text.split(EOS_TEXT))
+        return [i for piece in pieces for i in (*piece, self.eos_id)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids` up to the first EOS.

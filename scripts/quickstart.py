@@ -56,7 +56,7 @@ def run(name: str, argv: list[str]) -> report.Arm:
         examples=data.TrainBatches(corpus, settings["data"]).num_pairs,
         tokens=result.tokens,
         steps=result.step,
-        accuracy=score.metrics["accuracy"],
+        accuracy=score.values["accuracy"],
         n=score.n,
         model_dir=settings["config"].model_dir,
         task=score.task,

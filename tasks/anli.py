@@ -58,4 +58,5 @@ for n in (1, 2, 3):
         f"anli{n}",
         source=sources.FirstOf((dataclasses.replace(RELEASED, name=f"anli{n}"), prepared)),
         metric_fns=[metrics.label_accuracy],
+        options=esnli.LABELS,
     )

@@ -115,12 +115,20 @@ def _split_of(amounts: tuple[int, ...]) -> str:
     raise AssertionError("SHARES add up to 100")
 
 
-task.register("arithmetic", source=NutsSource("arithmetic"), metric_fns=[metrics.label_accuracy])
+AMOUNTS = [str(n) for n in range(10)]
+
+task.register(
+    "arithmetic",
+    source=NutsSource("arithmetic"),
+    metric_fns=[metrics.label_accuracy],
+    options=AMOUNTS,
+)
 # A teacher who is wrong in a quarter of the rows, as PaLM-540B is on the published datasets.
 task.register(
     "arithmetic_noisy",
     source=NutsSource("arithmetic_noisy", teacher_error_rate=0.25),
     metric_fns=[metrics.label_accuracy],
+    options=AMOUNTS,
 )
 task.register(
     "arithmetic_equation",

@@ -31,6 +31,11 @@ def example(fields):
     return f"{fields['question']}\nAnswer Choices:\n{listed}", fields["answer"]
 
 
+def options(text):
+    """Returns the choices in an input."""
+    return re.findall(rf"^\([{LETTERS}]\) (.*)$", text.partition("\nAnswer Choices:\n")[2], re.M)
+
+
 def parse(completion):
     """Returns (rationale, label) of a completion by the published rules.
 
@@ -107,4 +112,9 @@ HUMAN = sources.Tfds(
     holdout=True,
 )
 
-task.register("cqa", source=sources.FirstOf((RELEASED, HUMAN)), metric_fns=[metrics.label_accuracy])
+task.register(
+    "cqa",
+    source=sources.FirstOf((RELEASED, HUMAN)),
+    metric_fns=[metrics.label_accuracy],
+    options=options,
+)

@@ -74,5 +74,8 @@ HUMAN = sources.Tfds(
 )
 
 task.register(
-    "esnli", source=sources.FirstOf((RELEASED, HUMAN)), metric_fns=[metrics.label_accuracy]
+    "esnli",
+    source=sources.FirstOf((RELEASED, HUMAN)),
+    metric_fns=[metrics.label_accuracy],
+    options=LABELS,
 )

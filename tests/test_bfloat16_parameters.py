@@ -23,6 +23,7 @@ from distill import (
     objectives,
     optim,
     partitioning,
+    students,
     t5,
     train,
 )
@@ -239,7 +240,7 @@ def test_initial_weights_of_the_other_type(tmp_path, caplog):
     def through_a_checkpoint(folder, params, model, into):
         with checkpoints.Checkpointer(folder) as saver:
             saver.save(1, {"params": params}, {"model": dataclasses.asdict(model), "step": 1})
-        abstract = evaluate.abstract_params(t5.T5(into), mesh)
+        abstract = students.abstract_params(t5.T5(into), mesh)
         return convert.load(convert.open_weights(str(folder)), into, abstract)
 
     with caplog.at_level("INFO"):

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from test_formats_t5x import assert_same, whole
 
-from distill import checkpoints, convert, evaluate, export, optim, partitioning, t5
+from distill import checkpoints, convert, export, optim, partitioning, students, t5
 from distill.formats import t5x, tensors
 
 NORMS = {
@@ -546,7 +546,7 @@ def test_each_device_reads_its_part(tmp_path, kind):
             saver.save(5, {"params": params}, metadata)
     weights = convert.open_weights(str(tmp_path / "x"))
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=2, fsdp=2, tensor=2))
-    abstract = evaluate.abstract_params(t5.T5(SHARDED), mesh)
+    abstract = students.abstract_params(t5.T5(SHARDED), mesh)
     largest = []
     watched = {}
     for name, tensor in weights.tensors.items():
@@ -578,7 +578,7 @@ def test_what_several_devices_hold_is_read_once(tmp_path):
 
     weights.tensors[name] = dataclasses.replace(weights.tensors[name], read=read)
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=4, tensor=2))
-    convert.load(weights, SHARDED, evaluate.abstract_params(t5.T5(SHARDED), mesh))
+    convert.load(weights, SHARDED, students.abstract_params(t5.T5(SHARDED), mesh))
     assert len(reads) == 2  # 8 devices, two slices
 
 

@@ -18,6 +18,8 @@ FLOORS = {
     "packing": 0,
     "metrics": 0,
     "vocabulary": 0,
+    "prompts": 0,
+    "results": 0,
     "cluster": 0,
     "compilation": 1,
     "t5": 1,
@@ -37,13 +39,14 @@ FLOORS = {
     "export": 4,
     "t5x_adapter": 3,
     "teacher": 3,
-    "evaluate": 5,
-    "train": 6,  # It evaluates.
-    "plan": 7,
-    "study": 7,
-    "report": 7,
-    "inspection": 7,
-    "configure": 8,
+    "students": 5,
+    "evaluate": 6,
+    "train": 7,  # It evaluates.
+    "plan": 8,
+    "study": 8,
+    "report": 8,
+    "inspection": 8,
+    "configure": 9,
 }
 # What the accelerator runs; see `test_accelerator_side_imports_little`.
 ACCELERATOR_SIDE = (

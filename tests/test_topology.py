@@ -8,7 +8,7 @@ import os
 import jax
 import pytest
 
-from distill import estimate, evaluate, objectives, optim, partitioning, plan, t5
+from distill import estimate, objectives, optim, partitioning, plan, students, t5
 
 pytestmark = [pytest.mark.topology, pytest.mark.filterwarnings("ignore")]
 
@@ -55,7 +55,7 @@ def test_state_is_placed_on_every_kind_of_slice(name, settings, sizes, monkeypat
     for data, fsdp, tensor in sizes:
         mesh = partitioning.make_mesh(partitioning.MeshConfig(data, fsdp, tensor), devices)
         assert {d.id for d in mesh.devices.flat} == {d.id for d in devices}
-        params = evaluate.abstract_params(t5.T5(config), mesh)
+        params = students.abstract_params(t5.T5(config), mesh)
         shardings = jax.tree.map(lambda x: x.sharding, params)
         slots = jax.eval_shape(optim.Adafactor().build(10).init, params)
         partitioning.optimizer_shardings(mesh, slots, params, shardings)

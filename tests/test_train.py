@@ -22,6 +22,7 @@ from distill import (
     optim,
     packing,
     partitioning,
+    students,
     t5,
     train,
 )
@@ -164,9 +165,7 @@ def test_a_finished_run_only_evaluates(uninterrupted, cache):
     folder, before = uninterrupted
     state = state_of(folder, 6)
     after = run(folder, cache)
-    assert after.step == 6 and [s.metrics for s in after.scores] == [
-        s.metrics for s in before.scores
-    ]
+    assert after.step == 6 and [s.values for s in after.scores] == [s.values for s in before.scores]
     assert_same_state(state_of(folder, 6), state)
 
 
@@ -284,10 +283,10 @@ def test_overfits_32_svamp_examples(shared, tmp_path):
     mesh = partitioning.make_mesh(partitioning.MeshConfig())
     net = t5.T5(model)
     params, _ = checkpoints.restore(
-        folder / "checkpoint_300", evaluate.abstract_params(net, mesh), subtree="params"
+        folder / "checkpoint_300", students.abstract_params(net, mesh), subtree="params"
     )
     (score,) = evaluate.score_tasks(
         params, net, cache_lib.open_generation(tmp_path / kept),
         vocabulary_lib.load(str(vocabulary)), mesh,
     )  # fmt: skip
-    assert score.n == 32 and score.metrics["accuracy"] == 1.0
+    assert score.n == 32 and score.values["accuracy"] == 1.0

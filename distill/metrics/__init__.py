@@ -16,7 +16,7 @@ A new metric is a function in one of them and a line in `METRICS`. Nothing here 
 TensorFlow; docs/metrics.md is the guide.
 """
 
-from distill.metrics.answers import ANSWER_FORMS, answer, answer_target
+from distill.metrics.answers import ANSWER_FORMS, answer, answer_target, rationale
 from distill.metrics.equations import equation_value
 from distill.metrics.labels import (
     allowed_labels,
@@ -75,6 +75,7 @@ __all__ = [
     "announced_answer",
     "answer",
     "answer_target",
+    "rationale",
     "chrf",
     "conclusion_for",
     "equation_accuracy",

@@ -47,6 +47,24 @@ def answer(text: str, form: str) -> str:
     return text
 
 
+def rationale(text: str, form: str) -> str | None:
+    """Returns the rationale that a generated text holds; None where its form has none.
+
+    The other side of `answer`: `rationale_label`: what stands before the last `So the answer is`,
+    the whole text where there is none; `label_rationale`: what follows the first `Explanation:`.
+
+    Raises:
+      ValueError: there is no such form.
+    """
+    _check_form(form)
+    if form == "rationale_label":
+        before, found, _ = text.rpartition(_ANSWER)
+        return (before if found else text).strip()
+    if form == "label_rationale":
+        return text.partition(_EXPLANATION)[2].strip()
+    return None
+
+
 def _check_form(form: str) -> None:
     if form not in ANSWER_FORMS:
         raise ValueError(f"an answer's form must be one of {', '.join(ANSWER_FORMS)}, not {form!r}")

@@ -12,8 +12,8 @@ import numpy as np
 from absl import logging
 
 from distill import metrics
+from distill.vocabulary import EOS_TEXT as EOS_TEXT
 
-EOS_TEXT = "</s>"
 HOLDOUT = 0.1
 FULL_WEIGHT = 1000  # of a training example, in thousandths
 

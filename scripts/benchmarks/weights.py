@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from distill import configure, convert, evaluate, partitioning, t5
+from distill import configure, convert, partitioning, students, t5
 from distill.formats import t5x, tensors
 
 _MODEL = flags.DEFINE_enum("model", "t5_1_1/large", sorted(convert.RELEASED), "Model file.")
@@ -65,7 +65,7 @@ def run(argv):
         write(folder, model, _DTYPE.value)
         weights = convert.open_weights(folder)
         mesh = partitioning.make_mesh(partitioning.MeshConfig())
-        abstract = evaluate.abstract_params(t5.T5(model), mesh)
+        abstract = students.abstract_params(t5.T5(model), mesh)
         before, peak, done = own_memory(), [0.0], threading.Event()
 
         def watch():
