@@ -21,6 +21,7 @@ FLOORS = {
     "prompts": 0,
     "results": 0,
     "cluster": 0,
+    "display": 0,
     "compilation": 1,
     "t5": 1,
     "partitioning": 1,

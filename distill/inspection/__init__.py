@@ -8,7 +8,7 @@ All of it comes from the row cache and needs no TensorFlow, but for `teacher_rep
 the dataset's own files again. `html_report` gives one page without scripts or external resources.
 
 Nothing that comes from data is trusted: characters that a terminal or browser would act upon, or
-not show, are replaced by visible ones (`visible`), and HTML is escaped.
+not show, are replaced by visible ones (`display.visible`), and HTML is escaped.
 """
 
 from distill.inspection.facts import (
@@ -20,7 +20,6 @@ from distill.inspection.facts import (
     pieces_of,
     teacher_reports,
     tokens_of,
-    visible,
 )
 from distill.inspection.page import html_report
 from distill.inspection.text import (
@@ -50,5 +49,4 @@ __all__ = [
     "teacher_text",
     "text_report",
     "tokens_of",
-    "visible",
 ]

@@ -11,6 +11,7 @@ from etils import epath
 
 from distill import cache, data, objectives, packing, sources
 from distill import vocabulary as vocabulary_lib
+from distill.display import visible
 
 FEATURES = ("inputs", "targets")
 PROPOSALS = 5
@@ -341,27 +342,6 @@ def histogram(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # --- Tokens as text -------------------------------------------------------------------------------
-
-_NAMED = {"\t": "<TAB>", "\n": "<LF>", "\r": "<CR>", "\x1b": "<ESC>"}
-
-
-def visible(text: str) -> str:
-    """Returns a text in which every character can be seen and none does anything.
-
-    Control characters, white space other than the space, and what turns the direction of writing
-    or has no width become `<LF>` or `<U+202E>`. (Unicode's control pictures lack in many fonts.)
-    """
-    return "".join(map(_visible_character, text))
-
-
-def _visible_character(character: str) -> str:
-    if character == " " or character.isascii() and character.isprintable():
-        return character
-    if character in _NAMED:
-        return _NAMED[character]
-    # C*: control, format, surrogate, private, unassigned; Z*: white space.
-    unseen = unicodedata.category(character)[0] in "CZ"
-    return f"<U+{ord(character):04X}>" if unseen else character
 
 
 def pieces_of(vocabulary: vocabulary_lib.Vocabulary) -> Callable[[int], str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from distill.display import escape, html_document, visible, visible_lines
 from distill.inspection.facts import (
     FEATURES,
     Batching,
@@ -16,7 +17,6 @@ from distill.inspection.facts import (
     TeacherReport,
     Tokens,
     histogram,
-    visible,
 )
 from distill.inspection.text import (
     Table,
@@ -61,16 +61,16 @@ img { max-width: 100%; height: auto; display: block; margin: .5rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; padding: .5rem; }
 """
 # No script and no request, whatever a row holds.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_POLICY = "img-src data:; style-src 'unsafe-inline'"
 _PLOT_BINS = 40
 
 
 def html_report(found: Inspection) -> str:
     """Returns the report as one HTML page that needs nothing else, and no JavaScript."""
-    title = f"{_escape(found.name)}, {_escape(found.split)}"
+    title = f"{found.name}, {found.split}"
     rows = sum(t.rows for t in found.tasks)
     body = [
-        f"<h1>{title}</h1>",
+        f"<h1>{escape(title)}</h1>",
         f"<p>{rows:,} rows of {found.pairs:,} examples.</p>",
         _html_facts(list(found.facts.items())),
         "<h2>Tasks</h2>",
@@ -90,30 +90,17 @@ def html_report(found: Inspection) -> str:
     if found.examples:
         body += ["<h2>Examples</h2>", _html_legend(found.examples)]
         body += [_html_example(e) for e in found.examples]
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _escape(text: str) -> str:
-    return html.escape(visible(text))
+    return html_document(title, "\n".join(body), style=_STYLE, policy=_POLICY)
 
 
 def _html_facts(facts: Sequence[tuple[str, str]]) -> str:
-    return (
-        "<dl>" + "".join(f"<dt>{_escape(n)}</dt><dd>{_escape(v)}</dd>" for n, v in facts) + "</dl>"
-    )
+    return "<dl>" + "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in facts) + "</dl>"
 
 
 def _html_table(table: Table, left: Sequence[int] = (0,)) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         made = (
-            f"<{tag}{' class=l' if i in left else ''}>{_escape(cell)}</{tag}>"
+            f"<{tag}{' class=l' if i in left else ''}>{escape(cell)}</{tag}>"
             for i, cell in enumerate(cells)
         )
         return f"<tr>{''.join(made)}</tr>"
@@ -130,7 +117,7 @@ def _html_teacher(reports: Sequence[TeacherReport]) -> str:
     if not reports:
         return "<p>No dataset of this mixture was made by task.register.</p>"
     notes = "".join(
-        f"<p>{_escape(t.dataset)}: {_escape(note)}</p>" for t in reports for note in t.report.notes
+        f"<p>{escape(t.dataset)}: {escape(note)}</p>" for t in reports for note in t.report.notes
     )
     return (
         _html_table(teacher_table(reports))
@@ -145,7 +132,7 @@ def _html_batches(b: Batching) -> str:
     best = " The first is used." if b.chosen else ""
     return (
         _html_facts(batch_facts(b))
-        + f"<h3>Row lengths that waste least, for batches of {_escape(b.size)}</h3>"
+        + f"<h3>Row lengths that waste least, for batches of {escape(b.size)}</h3>"
         + _html_table(proposal_table(b.proposals), left=())
         + "<p class=note>In tokens; tried on a sample. The FLOPs factor is what is computed over "
         f"what the real tokens need; within 0.5 % of the least, the shortest is the best.{best}</p>"
@@ -160,7 +147,7 @@ def _html_legend(examples: Sequence[Example]) -> str:
     groups = dict.fromkeys(s.loss_group for e in examples for s in e.sequences)
     boxes = ["<span class=t>input, no loss</span>"]
     boxes += [
-        f'<span class="t {_group_class(g)}">target, loss group {_escape(g)}</span>' for g in groups
+        f'<span class="t {_group_class(g)}">target, loss group {escape(g)}</span>' for g in groups
     ]
     boxes += ['<span class="t special">&lt;/s&gt;</span> an id without text (end of sequence)']
     if any(
@@ -175,11 +162,11 @@ def _html_legend(examples: Sequence[Example]) -> str:
 
 
 def _html_example(example: Example) -> str:
-    parts = [f"<h3>{_escape(example_title(example))}</h3>"]
+    parts = [f"<h3>{escape(example_title(example))}</h3>"]
     for s, known in with_known_inputs(example):
         parts.append(
-            f"<p><b>{_escape(s.task)}</b>, loss group <b>{_escape(s.loss_group)}</b>"
-            f"{_escape(details(s))}</p>"
+            f"<p><b>{escape(s.task)}</b>, loss group <b>{escape(s.loss_group)}</b>"
+            f"{escape(details(s))}</p>"
         )
         for feature in FEATURES:
             tokens = getattr(s, feature)
@@ -194,7 +181,7 @@ def _html_example(example: Example) -> str:
     if example.left_out:
         parts.append(f"<p class=note>{left_out(example)}</p>")
     # Line breaks do no harm here, and show as themselves.
-    text = "\n".join(map(_escape, example.text.split("\n")))
+    text = html.escape(visible_lines(example.text))
     parts.append(
         f"<details><summary>the input before tokenising</summary><pre>{text}</pre></details>"
     )
@@ -212,7 +199,7 @@ def _html_tokens(tokens: Tokens, group: str) -> str:
 
 def _html_plot(task: TaskSummary) -> str:
     png = base64.b64encode(length_plot(task)).decode("ascii")
-    name = _escape(task.name)
+    name = escape(task.name)
     return (
         f'<img width=1000 alt="Histograms of input and target tokens of {name}" '
         f'src="data:image/png;base64,{png}">'

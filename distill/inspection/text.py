@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from distill import packing
+from distill.display import visible
 from distill.inspection.facts import (
     FEATURES,
     Batching,
@@ -15,7 +16,6 @@ from distill.inspection.facts import (
     TeacherReport,
     Tokens,
     histogram,
-    visible,
 )
 
 # --- Tables ---------------------------------------------------------------------------------------
