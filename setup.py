@@ -27,7 +27,11 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=["distill", "distill.*", "tasks", "gin_configs", "gin_configs.t5x"]
     ),
-    package_data={"gin_configs": ["**/*.gin"], "distill.teacher": ["prompts/**/*.toml"]},
+    package_data={
+        "gin_configs": ["**/*.gin"],
+        "distill.report": ["*.html", "*.css", "*.js"],
+        "distill.teacher": ["prompts/**/*.toml"],
+    },
     install_requires=[
         # Python 3.11 resolves to jax 0.10 and flax 0.12.8, 3.12 to the newest.
         "jax>=0.10.2,<0.13",
