@@ -424,6 +424,11 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
         if config.wait_minutes is None or ended:
             break
         if time.monotonic() - last_news > config.wait_minutes * 60:
+            if not found:
+                raise FileNotFoundError(
+                    f"No checkpoint at {config.checkpoint_path} after {config.wait_minutes:g} "
+                    "minutes (WAIT_MINUTES)."
+                )
             logging.warning("No new checkpoint for %s minutes.", f"{config.wait_minutes:g}")
             break
         time.sleep(POLL_SECONDS)

@@ -11,8 +11,9 @@ metric, which is what `scripts/report.py` reads:
      "time": "2026-11-21T22:50:00Z"}
 
 `key` stands for all that decided the result, and is shared by the `of` lines of one evaluation. A
-later result about the same checkpoint, task, split and decoder replaces an earlier one. The file is only appended to, with one
-write a result, so that a process that dies leaves at most one torn line, which is ignored.
+later result about the same checkpoint, task, split and decoder replaces an earlier one. The file is
+only appended to, with one write a result, so that a process that dies leaves at most one torn line,
+which is ignored.
 """
 
 import json

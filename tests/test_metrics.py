@@ -2,10 +2,9 @@
 
 import inspect
 
-import numpy as np
 import pytest
 
-from distill import cache, evaluate, metrics
+from distill import evaluate, metrics
 
 
 def test_label_accuracy_ignores_outer_whitespace_only():
@@ -161,61 +160,3 @@ def test_unknown_forms_are_named():
     for call in (lambda: metrics.answer("x", "cot"), lambda: metrics.answer_target("cot", "x")):
         with pytest.raises(ValueError, match="one of label, rationale_label, .*not 'cot'"):
             call()
-
-
-@pytest.mark.parametrize(
-    "form, accuracy, length", [("label", 0.0, 64), ("rationale_label", 0.5, 256)]
-)
-def test_evaluation_scores_the_answer_in_the_text(monkeypatch, tmp_path, form, accuracy, length):
-    facts = {
-        "name": "toy", "rate": 1.0, "metrics": ["distill.metrics.label_accuracy"],
-        "dataset": "toy", "answer_form": form,
-    }  # fmt: skip
-    rows = [
-        {
-            "inputs": np.array([5, 1], np.int32), "targets": np.array([6, 1], np.int32),
-            "inputs_pretokenized": "x", "example_id": f"toy/{i}", "label": label,
-            "loss_group": 0, "choice": 0, "loss_weight": 1000,
-        }
-        for i, label in enumerate(["yes", "no"])
-    ]  # fmt: skip
-    generation = cache.write_generation(tmp_path, "toy", "test", [(facts, None, rows)])
-    corpus = cache.open_generation(tmp_path / generation)
-    generated = ["It rains. So the answer is yes", "It rains and so on and no"]
-    asked = []
-
-    def predict(*args, max_length, **kwargs):
-        asked.append(max_length)
-        return generated
-
-    monkeypatch.setattr(evaluate, "predict", predict)
-    (score,) = evaluate.score_tasks(None, None, corpus, None, None)
-    assert (score.metrics["accuracy"], asked) == (accuracy, [length])
-    assert [p["generated"] for p in score.predictions] == generated
-    assert [p["prediction"] for p in score.predictions] == (
-        generated if form == "label" else ["yes", ""]
-    )
-
-
-@pytest.mark.parametrize("trained, kept", [(64, 1024), (1500, 1500)])
-def test_inputs_are_cut_where_the_student_was_trained(monkeypatch, tmp_path, trained, kept):
-    facts = dict(name="toy", rate=1.0, metrics=["distill.metrics.label_accuracy"], dataset="toy",
-                 answer_form="label")  # fmt: skip
-    row = {
-        "inputs": np.append(np.full(1999, 5), 1), "targets": np.array([6, 1]),
-        "inputs_pretokenized": "x", "example_id": "toy/0", "label": "yes", "loss_group": 0,
-        "choice": 0, "loss_weight": 1000,
-    }  # fmt: skip
-    generation = cache.write_generation(tmp_path, "toy", "test", [(facts, None, [row])])
-    seen = []
-
-    def predict(params, net, inputs, *args, **kwargs):
-        seen.extend(inputs)
-        return ["yes"]
-
-    monkeypatch.setattr(evaluate, "predict", predict)
-    evaluate.score_tasks(
-        None, None, cache.open_generation(tmp_path / generation), None, None,
-        row_lengths={"inputs": trained, "targets": 32},
-    )  # fmt: skip
-    assert len(seen[0]) == kept and seen[0][-1] == 1

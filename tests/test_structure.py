@@ -42,6 +42,7 @@ FLOORS = {
     "teacher": 3,
     "students": 5,
     "evaluate": 6,
+    "predictor": 6,
     "train": 7,  # It evaluates.
     "plan": 8,
     "study": 8,

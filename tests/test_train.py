@@ -21,7 +21,7 @@ from distill import (
     objectives,
     optim,
     packing,
-    partitioning,
+    results,
     students,
     t5,
     train,
@@ -106,7 +106,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert rows[-1]["cross_ent_loss/label"] < rows[0]["cross_ent_loss/label"]
     assert rows[-1]["cross_ent_loss/rationale"] < rows[0]["cross_ent_loss/rationale"]
     assert rows[1]["batch/examples"] == 8 and rows[0]["learning_rate"] == pytest.approx(1e-3)
-    predictions = folder / "inference_eval" / "arithmetic_predict-test-6.jsonl"
+    predictions = folder / "inference_eval" / "test" / "arithmetic_predict-000006.jsonl"
     assert len(predictions.read_text().splitlines()) == 4
 
 
@@ -185,16 +185,23 @@ def test_initial_checkpoint_continues_the_step_counter(uninterrupted, tmp_path, 
 def test_evaluate_reads_what_train_wrote(uninterrupted, tmp_path, cache, capsys):
     folder, result = uninterrupted
     config = evaluate.EvaluateConfig(
-        str(folder), split="validation", num_examples=4, cache_dir=cache, restore_mode="all",
-        eval_output_dir=str(tmp_path),
+        str(folder), cache_dir=cache, restore_mode="all", eval_output_dir=str(tmp_path),
+        answering=evaluate.Answering(num_examples=4),
     )  # fmt: skip
     rows = evaluate.evaluate(config)
-    assert [name for name, _ in rows] == ["checkpoint_3", "checkpoint_6"]
+    assert [name.split("/")[1] for name, _ in rows] == ["checkpoint_3", "checkpoint_6"]
     last = next(s for s in result.scores if s.split == "validation")
-    assert rows[-1][1].predictions == last.predictions
+    assert rows[-1][1].values == last.values
     assert "checkpoint_6" in capsys.readouterr().out
-    written = (tmp_path / "arithmetic_predict-validation-metrics.jsonl").read_text().splitlines()
+    (file,) = tmp_path.glob("*/validation/arithmetic_predict-000006.jsonl")
+    assert [json.loads(line) for line in file.read_text().splitlines()] == last.predictions
+    written = (file.parent / "arithmetic_predict-metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in written] == [3, 6]
+    # Training keeps its own evaluations in the same form.
+    kept = results.Store(folder / "inference_eval").complete().values()
+    assert {(lines[0]["split"], lines[0]["step"]) for lines in kept if lines[0]["step"]} == {
+        ("validation", 6), ("test", 6),
+    }  # fmt: skip
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -278,15 +285,6 @@ def test_overfits_32_svamp_examples(shared, tmp_path):
     kept = cache_lib.write_generation(
         tmp_path, "kept", "train", [(facts | {"metrics": list(label_task.metrics)}, None, rows)]
     )
-    from distill import vocabulary as vocabulary_lib
-
-    mesh = partitioning.make_mesh(partitioning.MeshConfig())
-    net = t5.T5(model)
-    params, _ = checkpoints.restore(
-        folder / "checkpoint_300", students.abstract_params(net, mesh), subtree="params"
-    )
-    (score,) = evaluate.score_tasks(
-        params, net, cache_lib.open_generation(tmp_path / kept),
-        vocabulary_lib.load(str(vocabulary)), mesh,
-    )  # fmt: skip
+    student = students.load(*students.find(str(folder / "checkpoint_300")), str(vocabulary))
+    (score,) = evaluate.score_tasks(student, cache_lib.open_generation(tmp_path / kept))
     assert score.n == 32 and score.values["accuracy"] == 1.0

@@ -1,0 +1,276 @@
+"""A student for use: texts in, labels out.
+
+    predictor = distill.Predictor("/tmp/svamp")
+    for answer in predictor(["Ann has 3 nuts, gets 4."], explain=True):
+        print(answer.label, answer.probability, answer.rationale)
+
+`infer` does that for a file of JSON lines; `scripts/infer.py` is its command.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from distill import decode, metrics, prompts, students
+
+# Tokens of a label at most; the published code decodes as many.
+LABEL_LENGTH = 64
+# Lines are read and written in blocks of so many batches: sorted by length, they pad less.
+_BATCHES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a student says to one input.
+
+    Attributes:
+      label: its answer.
+      probability: that it gives this answer: of the whole text that it wrote, or, among given
+        options, of this one.
+      rationale: its reasons; None where it was not asked.
+    """
+
+    label: str
+    probability: float
+    rationale: str | None = None
+
+
+class Predictor:
+    """Answers texts in the form that the student was trained on."""
+
+    def __init__(
+        self, path: str, *, vocabulary: str | None = None, form: str | None = None,
+        batch_size: int = 64,
+    ):  # fmt: skip
+        """Reads a student onto all devices.
+
+        Args:
+          path: a run (its latest checkpoint is taken), one checkpoint of ours or of T5X, or a
+            folder in Hugging Face's format.
+          vocabulary: as in `vocabulary.load`; None = the student's own.
+          form: how it answers, see `prompts.FORMS`; None = as it was trained, `label` (the bare
+            input) where the checkpoint does not say.
+          batch_size: inputs answered together; does not change the answers.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+          ValueError: it is damaged, or no T5; the form or the vocabulary is unknown or not its own.
+        """
+        (checkpoint,) = students.find(path)
+        self.form = form or checkpoint.form or "label"
+        if self.form not in prompts.FORMS or prompts.FORMS[self.form].explains:
+            known = ", ".join(f for f, form in prompts.FORMS.items() if not form.explains)
+            raise ValueError(f"form must be one of {known}, not {form!r}.")
+        self.checkpoint = checkpoint
+        self.student = students.load(checkpoint, vocabulary)
+        self.batch_size = batch_size
+
+    @property
+    def explains(self) -> bool:
+        """Whether the student was trained to give reasons."""
+        return self.form == "predict" or prompts.FORMS[self.form].answer_form != "label"
+
+    def __call__(
+        self, inputs: Sequence[str], *, explain: bool = False, options: Sequence[str] | None = None
+    ) -> list[Answer]:
+        """Answers each input, in order.
+
+        Args:
+          inputs: texts, without a prompt.
+          explain: ask for the reasons as well.
+          options: labels to choose from by their likelihood; None = what the student writes.
+
+        Raises:
+          ValueError: an input is empty, the student was not trained to explain, or it cannot choose
+            because it writes more than a label.
+        """
+        if explain and not self.explains:
+            raise ValueError(
+                f"{self.checkpoint.path} was trained on labels alone (form {self.form!r}), so that "
+                "it cannot explain."
+            )
+        form = prompts.FORMS[self.form]
+        if options and form.answer_form != "label":
+            raise ValueError(f"A student of the form {self.form!r} writes more than a label.")
+        if empty := [i for i, text in enumerate(inputs) if not text.strip()]:
+            raise ValueError(f"Input {empty[0]} is empty.")
+        if not inputs:
+            return []
+        asked = self._tokens(form.prefix, inputs)
+        if options:
+            scores = self.student.likelihoods(asked, [options] * len(asked), self.batch_size)
+            answers = [_chosen(options, log_probs) for log_probs in scores]
+        else:
+            length = LABEL_LENGTH if form.answer_form == "label" else self.student.limit("targets")
+            texts, log_probs = self._write(asked, length)
+            answers = [
+                Answer(
+                    metrics.answer(text, form.answer_form), math.exp(log_prob),
+                    metrics.rationale(text, form.answer_form) if explain else None,
+                )
+                for text, log_prob in zip(texts, log_probs, strict=True)
+            ]  # fmt: skip
+        if explain and form.answer_form == "label":
+            reasons = self._tokens(prompts.EXPLAIN, inputs)
+            texts, _ = self._write(reasons, self.student.limit("targets"))
+            answers = [
+                dataclasses.replace(answer, rationale=text)
+                for answer, text in zip(answers, texts, strict=True)
+            ]
+        return answers
+
+    def _tokens(self, prefix: str, inputs: Sequence[str]) -> list[np.ndarray]:
+        encode = self.student.vocabulary.encode_input
+        return [np.array(encode(prefix + text), np.int32) for text in inputs]
+
+    def _write(self, asked: Sequence[np.ndarray], length: int) -> tuple[list[str], list[float]]:
+        generated = self.student.answer(
+            asked, decode.Decoding(), max_length=length, batch_size=self.batch_size
+        )
+        texts = [texts[0] for texts in self.student.texts(generated)]
+        return texts, [log_probs[0] for log_probs in generated.log_probs]
+
+
+def _chosen(options: Sequence[str], log_probs: np.ndarray) -> Answer:
+    shares = np.exp(log_probs - np.max(log_probs))
+    best = int(np.argmax(log_probs))
+    return Answer(options[best], float(shares[best] / shares.sum()))
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def infer(
+    predictor: Predictor, source: str, output: str, *, field: str = "input", explain: bool = False,
+    options: Sequence[str] | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """Answers a file of JSON lines, in order; goes on where an earlier call ended.
+
+    An output line is the input's object with `label`, `probability`, `rationale` (where asked),
+    `line` (of the input, from 1) and `student`. A line that cannot be used is reported and has no
+    output line.
+
+    Args:
+      predictor: the student.
+      source: a file of objects that have the text under `field`; `-` = standard input.
+      output: a file, which is only appended to; `-` = standard output.
+      field: name of the text.
+      explain: as in `Predictor`.
+      options: likewise.
+
+    Returns:
+      (answered, unusable) lines of this call.
+
+    Raises:
+      FileNotFoundError: there is no such input.
+      ValueError: the output is that of another student or input.
+    """
+    name = f"{predictor.checkpoint.path}@{predictor.checkpoint.fingerprint[:8]}"
+    answered = unusable = 0
+    with _reader(source) as lines, _writer(output) as (file, last):
+        numbered = enumerate(lines, 1)
+        if last:
+            _skip(numbered, last, name, source, output, field)
+        bar = tqdm(unit="line", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        with bar:
+            while block := list(itertools.islice(numbered, _BATCHES * predictor.batch_size)):
+                usable = []
+                for number, line in block:
+                    try:
+                        usable.append((number, _parsed(line, field)))
+                    except ValueError as e:
+                        logging.warning("%s:%d: %s; skipped", source, number, e)
+                        unusable += 1
+                found = predictor(
+                    [row[field] for _, row in usable], explain=explain, options=options
+                )
+                for (number, row), answer in zip(usable, found, strict=True):
+                    said = dataclasses.asdict(answer)
+                    if not explain:
+                        del said["rationale"]
+                    row = {**row, **said, "line": number, "student": name}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                answered += len(usable)
+                bar.update(len(block))
+    return answered, unusable
+
+
+def _parsed(line: str, field: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not valid JSON ({e})") from e
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if not isinstance(row.get(field), str) or not row[field].strip():
+        raise ValueError(f"no text under {field!r} (--field)")
+    return row
+
+
+def _reader(source: str) -> IO[str]:
+    if source == "-":
+        return open(sys.stdin.fileno(), encoding="utf-8", errors="replace", closefd=False)
+    return open(os.path.expanduser(source), encoding="utf-8", errors="replace")
+
+
+class _writer:
+    """Opens the output to append to it, after cutting off a torn last line."""
+
+    def __init__(self, output: str):
+        self.output = output
+
+    def __enter__(self) -> tuple[IO[str], dict[str, Any] | None]:
+        if self.output == "-":
+            self.file = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
+            return self.file, None
+        path, last = os.path.expanduser(self.output), None
+        if os.path.exists(path):
+            with open(path, "rb+") as f:
+                for line in f:
+                    if not line.endswith(b"\n"):
+                        f.seek(-len(line), os.SEEK_END)
+                        f.truncate()
+                        break
+                    last = line
+        self.file = open(path, "a", encoding="utf-8")
+        try:
+            return self.file, None if last is None else json.loads(last)
+        except ValueError as e:
+            self.file.close()
+            raise ValueError(f"{self.output} is not an output of infer: choose another.") from e
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+
+def _skip(
+    numbered: Iterator[tuple[int, str]], last: dict[str, Any], name: str, source: str, output: str,
+    field: str,
+) -> None:  # fmt: skip
+    """Passes over what was answered before, which must have been this input, by this student."""
+    if last.get("student") != name:
+        raise ValueError(
+            f"{output} has the answers of {last.get('student')}, not of {name}: choose another "
+            "--output, or delete it."
+        )
+    for number, line in numbered:
+        if number == last["line"]:
+            with_text = json.loads(line) if line.strip().startswith("{") else {}
+            if with_text.get(field) == last.get(field):
+                logging.info("%s: going on behind line %d", output, number)
+                return
+            break
+    raise ValueError(
+        f"Line {last['line']} of {source} is not the one that {output} ends with: it has the "
+        "answers to another input. Choose another --output, or delete it."
+    )

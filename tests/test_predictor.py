@@ -1,0 +1,166 @@
+"""Answers to texts: from Python, and of files of JSON lines."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_evaluate import run as run  # the fixture: a run with five checkpoints
+from test_evaluate import save
+
+import distill
+from distill import metrics, predictor, prompts, students
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "infer.py"
+TEXTS = [f"Ann has {n} nuts, gets {n % 3}." for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def student(run):
+    return predictor.Predictor(str(run), batch_size=4)
+
+
+def lines(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+def write(path, rows):
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
+    return str(path)
+
+
+def test_three_lines_of_python(run):
+    answers = distill.Predictor(str(run))(TEXTS[:3], explain=True)
+    assert len(answers) == 3 and all(a.rationale is not None for a in answers)
+    # What a student is asked, and what its probability is of.
+    student = students.load(*students.find(str(run)))
+    for text, answer in zip(TEXTS, answers, strict=False):
+        for prompt, said in ((prompts.PREDICT, answer.label), (prompts.EXPLAIN, answer.rationale)):
+            ids = student.vocabulary.encode_input(prompt + text)
+            length = 64 if prompt == prompts.PREDICT else student.limit("targets")
+            generated = student.answer([ids], max_length=length)
+            assert student.texts(generated)[0][0] == said
+            if prompt == prompts.PREDICT:
+                assert answer.probability == pytest.approx(
+                    np.exp(generated.log_probs[0][0]), rel=1e-4
+                )
+
+
+def test_answers_do_not_depend_on_the_company(student):
+    together = student(TEXTS[:9])
+    assert [a.label for a in together] == [student([text])[0].label for text in TEXTS[:9]]
+
+
+def test_options_are_chosen_by_likelihood(student):
+    for answer in student(TEXTS[:5], options=["yes", "no", "perhaps"]):
+        assert answer.label in ("yes", "no", "perhaps") and 1 / 3 <= answer.probability <= 1
+
+
+def test_forms(tmp_path):
+    save(tmp_path / "label", 1, 0, mixture="arithmetic_label")
+    save(tmp_path / "cot", 1, 0, mixture="arithmetic_rationale_label")
+    label = predictor.Predictor(str(tmp_path / "label"))
+    assert label.form == "label" and label(TEXTS[:1])[0].rationale is None
+    with pytest.raises(ValueError, match="trained on labels alone.*cannot explain"):
+        label(TEXTS[:1], explain=True)
+    single = predictor.Predictor(str(tmp_path / "cot"))
+    (answer,) = single(TEXTS[:1], explain=True)
+    assert isinstance(answer.rationale, str)
+    with pytest.raises(ValueError, match="writes more than a label"):
+        single(TEXTS[:1], options=["1", "2"])
+    with pytest.raises(ValueError, match="Input 1 is empty"):
+        label(["a", " "])
+    assert label([]) == []
+    with pytest.raises(ValueError, match="form must be one of label, predict"):
+        predictor.Predictor(str(tmp_path / "label"), form="explain")
+
+
+def test_a_file_is_answered_in_order_and_bad_lines_are_skipped(student, tmp_path, caplog):
+    rows = [{"input": text, "id": i} for i, text in enumerate(TEXTS[:6])]
+    source = write(tmp_path / "in.jsonl", [
+        rows[0], "not json", rows[1], '["a"]', {"id": 7}, {"input": 3}, {"input": " "}, "",
+        '{"input": "torn', rows[2], *rows[3:],
+    ])  # fmt: skip
+    output = tmp_path / "out.jsonl"
+    assert predictor.infer(student, source, str(output), explain=True) == (6, 7)
+    found = lines(output)
+    assert [(row["id"], row["line"]) for row in found] == [
+        (0, 1), (1, 3), (2, 10), (3, 11), (4, 12), (5, 13),
+    ]  # fmt: skip
+    for row, answer in zip(found, student(TEXTS[:6], explain=True), strict=True):
+        assert (row["label"], row["rationale"]) == (answer.label, answer.rationale)
+        assert row["input"] == TEXTS[row["id"]]
+    for number, reason in ((2, "not valid JSON"), (4, "not a JSON object"), (5, "no text under")):
+        assert f"in.jsonl:{number}: {reason}" in caplog.text
+    # All is done: nothing is added, not even by a second call.
+    predictor.infer(student, source, str(output), explain=True)
+    assert lines(output) == found
+
+
+def test_an_interrupted_file_goes_on(run, student, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"question": text} for text in TEXTS * 20])
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    predictor.infer(student, source, str(whole), field="question")
+    command = [
+        sys.executable, str(SCRIPT), f"--checkpoint_path={run}", f"--input={source}",
+        f"--output={killed}", "--field=question", "--batch_size=4",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as child:
+        while child.poll() is None and not (killed.exists() and killed.stat().st_size > 20_000):
+            time.sleep(0.002)
+        os.kill(child.pid, signal.SIGKILL)
+    done = killed.read_bytes()
+    assert 0 < done.count(b"\n") < len(TEXTS) * 20
+    killed.write_bytes(done + b'{"torn": ')
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert f"{len(TEXTS) * 20 - done.count(bytes([10]))} lines answered" in again.stderr
+
+
+def test_another_input_or_student_is_refused(run, student, tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"input": text} for text in TEXTS[:3]])
+    output = str(tmp_path / "out.jsonl")
+    predictor.infer(student, source, output)
+    other = write(tmp_path / "other.jsonl", [{"input": text} for text in TEXTS[3:6]])
+    with pytest.raises(ValueError, match="answers to another input"):
+        predictor.infer(student, other, output)
+    second = predictor.Predictor(str(run / "checkpoint_10"))
+    with pytest.raises(ValueError, match="choose another --output"):
+        predictor.infer(second, source, output)
+    with pytest.raises(ValueError, match="is not an output of infer"):
+        predictor.infer(student, source, write(tmp_path / "text", ["no json"]))
+
+
+def test_a_pipe(run):
+    command = [sys.executable, str(SCRIPT), f"--checkpoint_path={run}", "--input=-", "--output=-"]
+    text = "".join(json.dumps({"input": t}) + "\n" for t in TEXTS[:3]) + "bad\n"
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    assert [json.loads(line)["input"] for line in done.stdout.splitlines()] == TEXTS[:3]
+    assert "-:4: not valid JSON" in done.stderr and "3 lines answered, 1 skipped" in done.stderr
+    assert all(
+        isinstance(json.loads(line)["probability"], float) for line in done.stdout.splitlines()
+    )
+
+
+def test_flags_are_checked(run):
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 2 and "--checkpoint_path is missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, form, answer, rationale",
+    [("2 and 2. So the answer is 4", "rationale_label", "4", "2 and 2."),
+     ("cut off", "rationale_label", "", "cut off"),
+     ("4 Explanation: 2 and 2.", "label_rationale", "4", "2 and 2."),
+     ("4", "label_rationale", "4", ""),
+     ("4", "label", "4", None)],
+)  # fmt: skip
+def test_a_text_is_cut_into_answer_and_rationale(text, form, answer, rationale):
+    assert metrics.answer(text, form) == answer and metrics.rationale(text, form) == rationale
