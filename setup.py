@@ -68,6 +68,8 @@ setuptools.setup(
         "parity": ["transformers>=5.20,<6", "torch==2.13.0"],
         # Checkpoints by their id on the Hugging Face hub.
         "hub": ["huggingface_hub>=1.0,<3"],
+        # The report in Chromium: its tests and the pictures in docs/report.md.
+        "browser": ["playwright>=1.50,<2"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]", "gcsfs>=2025.3"],
         # gs:// paths.

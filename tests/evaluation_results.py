@@ -104,7 +104,9 @@ def line(split: str, dataset: str, metric: str, right: list[bool], **fields) -> 
     }  # fmt: skip
 
 
-def write(folder, n: int = 200, seed: int = 0, datasets=tuple(TEACHER_ACCURACY), edit=None):
+def write(
+    folder, n: int = 200, seed: int = 0, datasets=tuple(TEACHER_ACCURACY), steps=STEPS, edit=None
+):
     """Writes FOLDER/<run>/inference_eval/results.jsonl and the predictions beside it.
 
     Args:
@@ -112,6 +114,7 @@ def write(folder, n: int = 200, seed: int = 0, datasets=tuple(TEACHER_ACCURACY),
       n: examples of each split.
       seed: of everything.
       datasets: some of `TEACHER_ACCURACY`.
+      steps: of the checkpoints.
       edit: changes an example before it is predicted, given (dataset, split, position, example).
     """
     rng = np.random.default_rng(seed)
@@ -132,7 +135,7 @@ def write(folder, n: int = 200, seed: int = 0, datasets=tuple(TEACHER_ACCURACY),
             lines.append(
                 line(split, dataset, "accuracy", said, run="teacher", task=None, step=None)
             )
-            for step in STEPS:
+            for step in steps:
                 # Rises, and falls a little at the end.
                 at = skill - 2.2 * math.exp(-step / 700) - 0.15 * max(0, step - 2000) / 500
                 rows = [predict(example, at, rng) for example in made]

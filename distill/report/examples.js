@@ -184,7 +184,7 @@ function card(row) {
   const answer = (name, value, correct) =>
     [el('dt', name), el('dd', textOrNone(value, 'empty'), correctness(correct))];
   const reason = (name, value) => value
-    ? [el('div.reason', el('small', `${name}, rationale`), textOrNone(value, 'empty'))] : [];
+    ? [el('div.reason', el('small', `${name}\u2019s rationale`), textOrNone(value, 'empty'))] : [];
   const student = beside ? names()[0] : 'student';
   return el(row.id === state.id ? 'article.card.linked' : 'article.card',
     el('header',

@@ -168,37 +168,48 @@ def draw(report: Report, path: epath.Path, over: str = "step") -> None:
     rows = -(-len(report.panels) // columns)
     # Names are text, not TeX; and the same results give the same file.
     with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "distill"}):
-        figure = Figure(figsize=(4.4 * columns + 0.4, 3.2 * rows + 0.8), layout="constrained")
+        width = max(6.5, 4.4 * columns + 0.4)
+        figure = Figure(figsize=(width, 3.2 * rows + 0.8), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(report.panels) :]:
             axes.remove()
-        handles = {}
+        handles, taught = {}, None
         for axes, panel in zip(grid.flat, report.panels, strict=False):
             for line in panel.lines:
                 if handle := _draw_line(figure, axes, line, over):
-                    handles.setdefault(visible(report.label(report.students[line.student])), handle)
+                    handles[report.students[line.student]] = handle
             if panel.teacher:
-                handles[TEACHER] = axes.axhline(panel.teacher.value, color=_GREY, linestyle="--")
-            axes.set_title(visible(panel.column.name), fontsize=11, loc="left")
-            axes.set_ylabel(visible(f"{panel.metric}, {panel.split}"))
+                taught = axes.axhline(panel.teacher.value, color=_GREY, linestyle="--")
+            axes.set_title(_short(panel.column.name), fontsize=11, loc="left")
+            axes.set_ylabel(_short(f"{panel.metric}, {panel.split}"))
             axes.set_xlabel("step" if over == "step" else "training tokens")
             axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
             axes.xaxis.set_major_formatter(lambda value, _: count(value))
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
+        labels = [*(_short(report.label(student)) for student in handles), TEACHER]
+        entry = 0.09 * max(map(len, labels)) + 0.6  # inches, roughly
         figure.legend(
-            handles.values(), handles.keys(), loc="outside upper left", ncols=2 * columns,
-            frameon=False,
+            [*handles.values(), *([taught] if taught else [])],
+            labels if taught else labels[:-1],
+            loc="outside upper left", ncols=max(1, int(width / entry)), frameon=False,
         )  # fmt: skip
         figure.text(
-            0.005, 0.005, "Bands and bars: 95 % intervals over examples. Stars: the test split at "
-            "the chosen step, drawn a little to the right.", fontsize=8, color=_GREY,
+            0.005, 0.005, "Bands and bars: 95 % intervals over examples. Stars, moved to the "
+            "right: test at the chosen step.", fontsize=8, color=_GREY,
         )  # fmt: skip
         figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
         file = io.BytesIO()
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
     path.write_bytes(file.getvalue())
+
+
+def _short(name: str, most: int = 40) -> str:
+    """A name for a plot, which has no room for more; both ends stay."""
+    name = visible(name)
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}\u2026{name[-half:]}"
 
 
 def _draw_line(figure, axes, line: Line, over: str):

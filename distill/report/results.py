@@ -198,7 +198,7 @@ def _result(row: dict[str, Any], path: epath.Path) -> Result:
         kinds += (int,) if float in kinds else ()
         finite = not isinstance(value, float) or math.isfinite(value)
         if isinstance(value, bool) or not isinstance(value, kinds) or not finite:
-            raise ValueError(f"{field.name!r} is missing or of no use")
+            raise ValueError(f"{field.name!r} is missing or unusable")
         values[field.name] = value
     result = Result(**values | {"file": str(path)})
     if result.run != TEACHER and (result.step is None or result.task is None):
