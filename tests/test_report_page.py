@@ -252,8 +252,8 @@ def test_two_students_are_compared(opened, made):
     row.locator("a").nth(1).click()  # only B right
     right = {r["example_id"]: r["correct"] for r in pair.b.rows}
     want = [r["example_id"] for r in pair.a.rows if not r["correct"] and right[r["example_id"]]]
-    assert len(want) == pair.only_b > 0
-    assert page.locator(".found").first.text_content() == f"{pair.only_b} of 50 examples"
+    assert len(want) == pair.paired.only_b > 0
+    assert page.locator(".found").first.text_content() == f"{pair.paired.only_b} of 50 examples"
     assert shown(page, ".card header a") == want[:20]
     names = [made.label(e.result.student) for e in (pair.a, pair.b)]
     assert shown(page, ".card:first-child dt") == ["gold", *names, "teacher"]

@@ -259,9 +259,9 @@ def test_pairs_are_compared_on_their_common_examples(tmp_path):
     a, b = answers([True] * 12 + [False] * 8), answers([True] * 4 + [False] * 14)
     rows = [row(predictions="a.jsonl"), row(run="/runs/b", predictions="b.jsonl")]
     made = report.build([str(saved(tmp_path, rows, {"a.jsonl": a, "b.jsonl": b[::-1]}))])
-    (pair,) = made.comparisons
-    assert (pair.n, pair.only_a, pair.only_b) == (18, 8, 0)
-    assert pair.p == pytest.approx(2 * 0.5**8) and pair.difference == pytest.approx(8 / 18)
+    paired = made.comparisons[0].paired
+    assert len(made.comparisons) == 1 and (paired.n, paired.only_a, paired.only_b) == (18, 8, 0)
+    assert paired.p == pytest.approx(2 * 0.5**8) and paired.difference == pytest.approx(8 / 18)
     assert "| toy     | a   | b   | +0.444 | 8" in report.markdown(made)
 
 
@@ -273,7 +273,7 @@ def test_mcnemar_is_the_exact_binomial_test():
         b = [False] * only_a + [True] * only_b + [True] * both
         got = summary._mcnemar(a, b)
         want = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-        assert got[:2] == (only_a, only_b) and got[2] == pytest.approx(want)
+        assert (got.only_a, got.only_b) == (only_a, only_b) and got.p == pytest.approx(want)
 
 
 def test_examples_are_of_the_chosen_and_the_latest_step(made):
@@ -383,7 +383,7 @@ def test_plots_differ_by_what_they_run_over_and_do_without_tokens_and_intervals(
         pictures.append((tmp_path / "a.svg").read_text())
     assert "training tokens" in pictures[1] and pictures[0] != pictures[1]
     # TeX in a name is text.
-    bare = report.build([str(saved(tmp_path / "x", [row(dataset="$\\frac{"), row(0.4, step=2)]))])
+    bare = report.build([str(saved(tmp_path / "x", [row(dataset="$\\frac{$"), row(0.4, step=2)]))])
     report.draw(bare, epath.Path(tmp_path / "c.png"), "tokens")
     report.draw(bare, epath.Path(tmp_path / "c.png"), "step")
 

@@ -19,10 +19,7 @@ function examplesOf(set) {
 }
 
 // Two right answers agree, though they may be written differently.
-function differ(a, rightA, b, rightB) {
-  if (rightA !== null && rightB !== null && rightA !== rightB) return true;
-  return !(rightA && rightB) && a.trim() !== b.trim();
-}
+const differ = (a, rightA, b, rightB) => !(rightA && rightB) && a.trim() !== b.trim();
 
 const studentAndTeacher = row => row.teacher !== null &&
   differ(row.prediction, row.correct, row.teacher, row.teacherCorrect);

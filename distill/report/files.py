@@ -88,9 +88,9 @@ def markdown(report: Report) -> str:
                 c.column.name,
                 report.label(c.a.result.student),
                 report.label(c.b.result.student),
-                f"{c.difference:+.3f}",
-                *(f"{n:,}" for n in (c.only_a, c.only_b, c.n)),
-                p_value(c.p),
+                f"{c.paired.difference:+.3f}",
+                *(f"{n:,}" for n in (c.paired.only_a, c.paired.only_b, c.paired.n)),
+                p_value(c.paired.p),
             ]
             for c in report.comparisons
         ]

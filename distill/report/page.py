@@ -209,17 +209,18 @@ def _broken(name: str) -> str:
 
 def _pairs_table(report: Report) -> str:
     def row(c: Comparison) -> str:
-        a, b = (set_name(report, e) for e in (c.a, c.b))
+        a, b, found = set_name(report, c.a), set_name(report, c.b), c.paired
         cells = [
             f"<td class=l>{escape(c.column.name)}</td>",
             f"<td class=l>{escape(report.label(c.a.result.student))}</td>",
             f"<td class=l>{escape(report.label(c.b.result.student))}</td>",
-            f"<td data-v={c.difference!r}>{_signed(c.difference)}</td>",
+            f"<td data-v={found.difference!r}>{_signed(found.difference)}</td>",
         ]
-        for show, n in (("only", c.only_a), ("other", c.only_b)):
+        for show, n in (("only", found.only_a), ("other", found.only_b)):
             href = escape(f"#{_fragment(set=a, vs=b, show=show)}")
             cells.append(f'<td data-v={n}><a href="{href}">{n:,}</a></td>')
-        cells += [f"<td data-v={c.n}>{c.n:,}</td>", f"<td data-v={c.p!r}>{p_value(c.p)}</td>"]
+        cells.append(f"<td data-v={found.n}>{found.n:,}</td>")
+        cells.append(f"<td data-v={found.p!r}>{p_value(found.p)}</td>")
         return f"<tr>{''.join(cells)}</tr>"
 
     names = ("dataset", "A", "B", "A \u2212 B", "only A right", "only B right", "examples", "p")

@@ -110,31 +110,39 @@ class Examples:
 
 
 @dataclasses.dataclass(frozen=True)
+class McNemar:
+    """Two students on the same examples.
+
+    Attributes:
+      only_a: examples that only the first has right.
+      only_b: that only the second has right.
+      p: two-sided p-value of "both are right equally often".
+      n: examples.
+      difference: accuracy of the first minus that of the second.
+    """
+
+    only_a: int
+    only_b: int
+    p: float
+    n: int
+    difference: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two students on the same examples, each at its chosen step.
+    """Two students, each at its chosen step, on the examples that both were scored on.
 
     Attributes:
       column: on what.
       a: the predictions of one.
       b: of the other.
-      n: examples that both were scored on.
-      only_a: examples that only the first has right.
-      only_b: that only the second has right.
-      p: two-sided probability of so uneven a split of the two by chance (McNemar, exact).
+      paired: how they differ.
     """
 
     column: Column
     a: Examples
     b: Examples
-    n: int
-    only_a: int
-    only_b: int
-    p: float
-
-    @property
-    def difference(self) -> float:
-        """Accuracy of the first minus that of the second, on the common examples."""
-        return (self.only_a - self.only_b) / self.n
+    paired: McNemar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,18 +417,19 @@ def _comparisons(
             both = sorted(right[a].keys() & right[b].keys())
             if both and a.split == b.split:
                 paired = _mcnemar([right[a][key] for key in both], [right[b][key] for key in both])
-                made.append(Comparison(column, of_result[a], of_result[b], len(both), *paired))
+                made.append(Comparison(column, of_result[a], of_result[b], paired))
     return made
 
 
-def _mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> tuple[int, int, float]:
-    """Returns (right only in the first, only in the second, exact two-sided p).
+def _mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> McNemar:
+    """Returns the exact McNemar test (McNemar 1947).
 
-    McNemar 1947: where both have the same chance to be right, each example that they differ on
-    falls to either side like a coin.
+    Where both are right equally often, each example that they differ on falls to either side like
+    a coin.
     """
     only_a = sum(a and not b for a, b in zip(right_a, right_b, strict=True))
     only_b = sum(b and not a for a, b in zip(right_a, right_b, strict=True))
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return only_a, only_b, min(1.0, 2 * tail / 2**n)
+    p = min(1.0, 2 * tail / 2**n)
+    return McNemar(only_a, only_b, p, len(right_a), (only_a - only_b) / len(right_a))
