@@ -209,6 +209,8 @@ def test_a_checkpoint_measured_twice_counts_over_most_examples(tmp_path):
     choice, made = choice_of(tmp_path, rows)
     assert choice.shown.value == 0.7 and len(made.results) == 3
     assert any("1 values were measured more than once" in note for note in made.notes)
+    again = [row(0.5, key="a"), row(0.7, key="b")]
+    assert choice_of(tmp_path / "again", again)[0].shown.value == 0.7  # the last of equals
 
 
 def test_tasks_of_one_dataset_share_a_column_unless_a_student_has_several(tmp_path):
@@ -231,6 +233,8 @@ def test_each_decoder_of_a_run_is_a_student_of_its_own(tmp_path):
     rows = [row(0.5), row(0.6, decoder="beam4", key="k")]
     made = report.build([str(saved(tmp_path, rows))])
     assert [made.label(s) for s in made.students] == ["a, greedy", "a, beam4"]
+    named = report.build([str(saved(tmp_path / "x", [row(run="/runs/teacher")]))])
+    assert named.label(named.students[0]) == "runs/teacher"  # not taken for the teacher
     assert [c.shown.value for c in made.choices.values()] == [0.5, 0.6]
 
 

@@ -197,7 +197,7 @@ def build(patterns: Sequence[str]) -> Report:
         raise ValueError(f"No value of a student in {', '.join(map(str, files))}. {damaged or ''}")
     values = _one_per_cell(of_students, notes)
     students = list(dict.fromkeys(r.student for r in values))
-    names = shortest_names(dict.fromkeys(r.run for r in values))
+    names = shortest_names([TEACHER, *dict.fromkeys(r.run for r in values)])
     columns = _columns(values)
     choices = {
         (student, column): choice
@@ -237,7 +237,7 @@ def build(patterns: Sequence[str]) -> Report:
         examples=examples,
         comparisons=_comparisons(columns, students, choices, examples),
         notes=notes,
-        names=names | {TEACHER: TEACHER},
+        names=names,
     )
 
 
@@ -249,7 +249,7 @@ def _one_per_cell(results: list[Result], notes: list[str]) -> list[Result]:
         cell = (r.student, r.dataset, r.task, r.split, r.metric, r.step)
         if cell in cells:
             again.add(cell)
-            r = max(cells[cell], r, key=lambda r: (r.n or 0, r.time or ""))
+            r = max(r, cells[cell], key=lambda r: (r.n or 0, r.time or ""))
         cells[cell] = r
     if again:
         notes.append(
