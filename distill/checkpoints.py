@@ -544,7 +544,7 @@ def _sealed(manifest: dict[str, Any]) -> bytes:
 
 def _commit(folder: epath.Path, manifest: dict[str, Any]) -> None:
     """Hashes every file below `folder` and writes the manifest, which makes it a checkpoint."""
-    names = sorted(_files(folder))
+    names = sorted(files_below(folder))
     with concurrent.futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
         digests = pool.map(lambda name: _digest(folder / name), names)
         files = dict(zip(names, digests, strict=True))
@@ -785,12 +785,12 @@ def _write(path: epath.Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+def files_below(folder: epath.Path, prefix: str = "") -> Iterator[str]:
     """Yields the files below a folder as "/"-joined relative names."""
     for path in folder.iterdir():
         name = prefix + path.name
         if path.is_dir():
-            yield from _files(path, name + "/")
+            yield from files_below(path, name + "/")
         else:
             yield name
 

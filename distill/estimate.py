@@ -18,6 +18,8 @@ from distill import optim, packing, partitioning, t5
 GIB = 2.0**30
 # Where LOGITS_CHUNK is not given, a device holds at most so many bytes of float32 logits at a time:
 # 2,000 target tokens of T5's vocabulary. Smaller slices save less than the rest of the step holds.
+# A scanned model's program has about the same size whatever the model is; libtpu 0.0.51.
+CODE_BYTES = 0.1 * GIB
 LOGITS_BYTES = 256 << 20
 
 
@@ -109,7 +111,8 @@ class Memory:
       batch: the arrays of a step.
       saved: activations kept for the backward pass.
       gradients: with the accumulator of micro-batches, where there are several.
-      workspace: the largest thing that a layer, or the logits, need besides.
+      workspace: what a layer, or the logits, need besides, where the backward pass needs most.
+      code: the program.
     """
 
     parameters: float
@@ -118,6 +121,7 @@ class Memory:
     saved: float
     gradients: float
     workspace: float
+    code: float
 
     @property
     def held(self) -> float:
@@ -126,7 +130,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.held + self.saved + self.gradients + self.workspace
+        return self.held + self.saved + self.gradients + self.workspace + self.code
 
 
 def bytes_on_device(tree: Any) -> float:
@@ -187,14 +191,23 @@ def memory(
     """
     tensor, batch_shards = mesh["tensor"], mesh["data"] * mesh["fsdp"]
     rows = work.rows / batch_shards / work.num_microbatches
-    encoder, decoder = saved_per_layer(model, work, rows, tensor)
-    saved = model.num_encoder_layers * encoder + model.num_decoder_layers * decoder
-    heads = rows * model.num_heads / tensor
-    longest = max(work.inputs**2, work.targets * work.inputs, work.targets**2)
-    scores = longest * heads * (4 + model.compute_dtype.itemsize)
-    if model.attention == "fused":
-        scores = 0.0
+    size, layers = model.compute_dtype.itemsize, (model.num_encoder_layers, model.num_decoder_layers)
+    kept = saved_per_layer(model, work, rows, tensor)
+    whole = saved_per_layer(dataclasses.replace(model, remat_policy="minimal"), work, rows, tensor)
+    # Of one layer: what is recomputed, scores and their gradients in both types, and the stream,
+    # gathered over its length, in some eight steps of the way.
+    stream = rows * model.emb_dim * size
+    of_scores = 2 * (4 + size) * rows * model.num_heads / tensor * (model.attention == "plain")
     logits = min(rows * work.targets * model.vocab_size / tensor * 4, LOGITS_BYTES)
+    again = [max(0.0, w - k) for w, k in zip(whole, kept, strict=True)]
+    in_encoder = again[0] + of_scores * work.inputs**2 + 8 * stream * work.inputs
+    in_decoder = again[1] + of_scores * work.targets * max(work.inputs, work.targets)
+    in_decoder += stream * (8 * work.targets + 3 * work.inputs) + 2 * logits
+    # The backward pass begins with all that was saved; when it comes to the encoder, only the
+    # encoder's is left.
+    of_encoder, of_decoder = (n * k for n, k in zip(layers, kept, strict=True))
+    moments = [(of_encoder, in_encoder), (of_encoder + of_decoder, in_decoder)]
+    saved, workspace = max(moments, key=sum)
     # The backward pass gives them in the parameters' type, their sum over parts is float32.
     sums = parameters * 4 / jnp.dtype(model.param_dtype).itemsize
     return Memory(
@@ -203,7 +216,8 @@ def memory(
         batch=work.rows / batch_shards * (2 * work.inputs + 5 * work.targets) * 4,
         saved=saved,
         gradients=parameters + (sums if work.num_microbatches > 1 else 0),
-        workspace=max(scores, 2 * logits),
+        workspace=workspace,
+        code=CODE_BYTES,
     )
 
 

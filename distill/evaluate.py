@@ -477,7 +477,7 @@ def _units(config: EvaluateConfig, checkpoint: students.Checkpoint) -> list[_Uni
                 f"to the form {checkpoint.form!r}; {name!r} has another prompt or target. Evaluate "
                 f"on {prompts.split_name(name)[0]}_{checkpoint.form}, or set --gin.FORCE=True."
             )
-    folder = epath.Path(config.eval_output_dir or checkpoint.run / "inference_eval").expanduser()
+    folder = epath.Path(config.eval_output_dir or checkpoint.run / students.RESULTS).expanduser()
     how, units = config.answering, []
     for task in tasks.values():
         settings = [

@@ -26,6 +26,7 @@ from distill import checkpoints, convert, data, decode, estimate, partitioning, 
 from distill import vocabulary as vocabulary_lib
 from distill.formats import hugging_face, t5x
 
+RESULTS = "inference_eval"  # the folder of a run's results, as T5X calls it
 CHOICES = ("latest", "all", "best", "specific", "every-<k>")
 
 
@@ -147,10 +148,10 @@ def _step_of(folder: epath.Path) -> int | None:
 def _foreign(folder: epath.Path, run: epath.Path) -> Checkpoint:
     """A checkpoint of another format, known by its files' names, sizes and times."""
     facts = []
-    for path in sorted(folder.glob("**/*")):
-        if not path.is_dir():
-            stat = path.stat()
-            facts.append((str(path.relative_to(folder)), stat.length, stat.mtime))
+    for name in sorted(checkpoints.files_below(folder)):
+        if not name.startswith(f"{RESULTS}/"):
+            stat = (folder / name).stat()
+            facts.append((name, stat.length, stat.mtime))
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return Checkpoint(folder, run, _step_of(folder), digest)
 

@@ -800,10 +800,12 @@ def _evaluate(
         score = evaluate.score(student, task, corpus.split, how)
         scores.append(score)
         seen = {"tokens": progress.tokens, "examples": progress.examples}
-        writer.write(f"inference_eval/{score.task}/{score.split}", step, {**score.scalars, **seen})
+        writer.write(
+            f"{students.RESULTS}/{score.task}/{score.split}", step, {**score.scalars, **seen}
+        )
         if jax.process_index() == 0:
             evaluate.keep(
-                folder / "inference_eval", f"{score.split}/{score.task}-{step:06}.jsonl",
+                folder / students.RESULTS, f"{score.split}/{score.task}-{step:06}.jsonl",
                 f"training/{step}/{score.task}/{score.split}", score, now, task,
                 most=config.json_write_n_results,
             )  # fmt: skip

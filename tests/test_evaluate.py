@@ -359,10 +359,11 @@ def test_choosing_by_likelihood(run, rows, tmp_path):
         scores = []
         for digit in "0123456789":
             targets = np.array([[*student.vocabulary.encode(digit), 1]], np.int32)
-            logits = student.net.apply(
-                {"params": student.params}, inputs, np.pad(targets[:, :-1], ((0, 0), (1, 0))),
-                targets,
-            )  # fmt: skip
+            batch = {
+                "encoder_input_tokens": inputs, "decoder_target_tokens": targets,
+                "decoder_input_tokens": np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+            }  # fmt: skip
+            logits = student.net.apply({"params": student.params}, batch)
             log_p = jax.nn.log_softmax(logits)
             scores.append(float(sum(log_p[0, i, t] for i, t in enumerate(targets[0]))))
         shares = np.exp(scores - np.max(scores))

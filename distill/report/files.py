@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from distill import metrics
 from distill.display import visible
 from distill.report.results import TEACHER, Result
 from distill.report.summary import Choice, Line, Report
@@ -29,7 +30,7 @@ def number(value: float) -> str:
     return f"{value:.3f}"
 
 
-def interval(result: Result) -> str:
+def interval(result: Result | metrics.McNemar) -> str:
     if result.low is None or result.high is None:
         return ""
     return f"[{number(result.low)}, {number(result.high)}]"
@@ -88,7 +89,7 @@ def markdown(report: Report) -> str:
                 c.column.name,
                 report.label(c.a.result.student),
                 report.label(c.b.result.student),
-                f"{c.paired.difference:+.3f}",
+                f"{c.paired.difference:+.3f} {interval(c.paired)}",
                 *(f"{n:,}" for n in (c.paired.only_a, c.paired.only_b, c.paired.n)),
                 p_value(c.paired.p),
             ]

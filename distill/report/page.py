@@ -199,7 +199,11 @@ def _swatch(student: int) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\u2212")
+    return _minus(f"{value:+.3f}")
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\u2212")
 
 
 def _broken(name: str) -> str:
@@ -215,6 +219,7 @@ def _pairs_table(report: Report) -> str:
             f"<td class=l>{escape(report.label(c.a.result.student))}</td>",
             f"<td class=l>{escape(report.label(c.b.result.student))}</td>",
             f"<td data-v={found.difference!r}>{_signed(found.difference)}</td>",
+            f"<td data-v={found.low!r}>{_minus(interval(found))}</td>",
         ]
         for show, n in (("only", found.only_a), ("other", found.only_b)):
             href = escape(f"#{_fragment(set=a, vs=b, show=show)}")
@@ -223,7 +228,17 @@ def _pairs_table(report: Report) -> str:
         cells.append(f"<td data-v={found.p!r}>{p_value(found.p)}</td>")
         return f"<tr>{''.join(cells)}</tr>"
 
-    names = ("dataset", "A", "B", "A \u2212 B", "only A right", "only B right", "examples", "p")
+    names = (
+        "dataset",
+        "A",
+        "B",
+        "A \u2212 B",
+        "95 % interval",
+        "only A right",
+        "only B right",
+        "examples",
+        "p",
+    )
     return _sortable(names, 3, "".join(map(row, report.comparisons)))
 
 

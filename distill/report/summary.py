@@ -110,25 +110,6 @@ class Examples:
 
 
 @dataclasses.dataclass(frozen=True)
-class McNemar:
-    """Two students on the same examples.
-
-    Attributes:
-      only_a: examples that only the first has right.
-      only_b: that only the second has right.
-      p: two-sided p-value of "both are right equally often".
-      n: examples.
-      difference: accuracy of the first minus that of the second.
-    """
-
-    only_a: int
-    only_b: int
-    p: float
-    n: int
-    difference: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Comparison:
     """Two students, each at its chosen step, on the examples that both were scored on.
 
@@ -142,7 +123,7 @@ class Comparison:
     column: Column
     a: Examples
     b: Examples
-    paired: McNemar
+    paired: metrics.McNemar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,10 +374,7 @@ def _same_answer(label: str | None, answer: str | None) -> bool | None:
     """Whether an answer is the gold one: as text, or as equations of one value."""
     if label is None or answer is None:
         return None
-    if label.strip() == answer.strip():
-        return True
-    want = metrics.equation_value(label)
-    return want is not None and metrics.equation_accuracy([label], [answer])["accuracy"] == 1
+    return metrics.same_label(label, answer)
 
 
 def _comparisons(
@@ -416,20 +394,8 @@ def _comparisons(
         for a, b in itertools.combinations([r for r in shown if r in of_result], 2):
             both = sorted(right[a].keys() & right[b].keys())
             if both and a.split == b.split:
-                paired = _mcnemar([right[a][key] for key in both], [right[b][key] for key in both])
+                paired = metrics.mcnemar(
+                    [right[a][key] for key in both], [right[b][key] for key in both]
+                )
                 made.append(Comparison(column, of_result[a], of_result[b], paired))
     return made
-
-
-def _mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> McNemar:
-    """Returns the exact McNemar test (McNemar 1947).
-
-    Where both are right equally often, each example that they differ on falls to either side like
-    a coin.
-    """
-    only_a = sum(a and not b for a, b in zip(right_a, right_b, strict=True))
-    only_b = sum(b and not a for a, b in zip(right_a, right_b, strict=True))
-    n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    p = min(1.0, 2 * tail / 2**n)
-    return McNemar(only_a, only_b, p, len(right_a), (only_a - only_b) / len(right_a))
