@@ -9,12 +9,14 @@ import contextlib
 import ctypes
 import importlib.util
 import itertools
+import json
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 # sysexits.h: EX_UNAVAILABLE. The other processes did not come; starting again may help.
 EXIT_UNREACHABLE = 69
@@ -28,6 +30,7 @@ _BARRIER_TIMEOUT = 24 * 3600  # seconds; a process that dies ends the wait much 
 _MANAGED = {"SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"}
 
 _barriers = itertools.count()
+_agreements = itertools.count()
 _notify_jax: Callable[[int], None] | None = None  # jax's own handler of SIGTERM
 
 
@@ -202,6 +205,19 @@ def wait_for_all(what: str) -> None:
     if is_several():
         name = f"{what} ({next(_barriers)})"  # a name serves once
         _joined().client.wait_at_barrier(name, _BARRIER_TIMEOUT * 1000)
+
+
+def agreed(value: Any) -> Any:
+    """Returns what the first process gives, on all of them: a value that JSON can hold.
+
+    For what each would see at its own time, such as the files of a folder.
+    """
+    if not is_several():
+        return value
+    client, key = _joined().client, f"agreed/{next(_agreements)}"
+    if is_first():
+        client.key_value_set(key, json.dumps(value))
+    return json.loads(client.blocking_key_value_get(key, _BARRIER_TIMEOUT * 1000))
 
 
 def is_several() -> bool:

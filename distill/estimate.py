@@ -191,7 +191,10 @@ def memory(
     """
     tensor, batch_shards = mesh["tensor"], mesh["data"] * mesh["fsdp"]
     rows = work.rows / batch_shards / work.num_microbatches
-    size, layers = model.compute_dtype.itemsize, (model.num_encoder_layers, model.num_decoder_layers)
+    size, layers = (
+        model.compute_dtype.itemsize,
+        (model.num_encoder_layers, model.num_decoder_layers),
+    )
     kept = saved_per_layer(model, work, rows, tensor)
     whole = saved_per_layer(dataclasses.replace(model, remat_policy="minimal"), work, rows, tensor)
     # Of one layer: what is recomputed, scores and their gradients in both types, and the stream,

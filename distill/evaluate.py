@@ -406,32 +406,30 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
     """
     computed: set[str] = set()
     failed: dict[str, str] = {}
-    last_news = time.monotonic()
+    corpora: dict[cache.RowsConfig, cache.Corpus] = {}
+    waited_since = time.monotonic()
     while True:
-        try:
-            found = students.find(config.checkpoint_path, config.restore_mode)
-        except FileNotFoundError:
-            if config.wait_minutes is None:
-                raise
-            found = []
-        units = [unit for checkpoint in found for unit in _units(config, checkpoint)]
+        found = _find(config)
+        units = [unit for checkpoint in found for unit in _units(config, checkpoint, corpora)]
+        missing = [u for u in _missing(units) if str(u.checkpoint.path) not in failed]
         cluster.wait_for_all("units")  # nobody writes before all have seen what is there
-        missing = _missing(units)
-        if missing := [u for u in missing if str(u.checkpoint.path) not in failed]:
+        if missing:
             _compute(config, missing, len(units), computed, failed)
-            last_news = time.monotonic()
-        ended = found and all(_has_ended(found, c.run) for c in found)
-        if config.wait_minutes is None or ended:
-            break
-        if time.monotonic() - last_news > config.wait_minutes * 60:
-            if not found:
-                raise FileNotFoundError(
-                    f"No checkpoint at {config.checkpoint_path} after {config.wait_minutes:g} "
-                    "minutes (WAIT_MINUTES)."
-                )
-            logging.warning("No new checkpoint for %s minutes.", f"{config.wait_minutes:g}")
+            waited_since = time.monotonic()
+        ended = bool(found) and all(_has_ended(found, c.run) for c in found)
+        patience = config.wait_minutes is not None and (
+            time.monotonic() - waited_since < config.wait_minutes * 60
+        )
+        if cluster.agreed(ended or not patience):
             break
         time.sleep(POLL_SECONDS)
+    if not found:
+        raise FileNotFoundError(
+            f"No checkpoint at {config.checkpoint_path} after {config.wait_minutes:g} minutes "
+            "(WAIT_MINUTES)."
+        )
+    if config.wait_minutes is not None and not ended:
+        logging.warning("No new checkpoint for %s minutes.", f"{config.wait_minutes:g}")
 
     scores = []
     for folder in dict.fromkeys(unit.folder for unit in units):
@@ -455,8 +453,27 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
     return named
 
 
-def _units(config: EvaluateConfig, checkpoint: students.Checkpoint) -> list[_Unit]:
-    """The tasks that a checkpoint is to be evaluated on."""
+def _find(config: EvaluateConfig) -> list[students.Checkpoint]:
+    """The checkpoints that are there, the same ones on all processes."""
+    if not cluster.is_first():
+        paths = cluster.agreed(None)
+        return [c for path in paths for c in students.find(path, "specific")]
+    try:
+        found = students.find(config.checkpoint_path, config.restore_mode)
+    except FileNotFoundError:
+        if config.wait_minutes is None:
+            raise
+        found = []
+    cluster.agreed([str(c.path) for c in found])
+    return found
+
+
+def _units(
+    config: EvaluateConfig,
+    checkpoint: students.Checkpoint,
+    corpora: dict[cache.RowsConfig, cache.Corpus],
+) -> list[_Unit]:
+    """The tasks that a checkpoint is to be evaluated on; corpora are opened once for all."""
     wanted = config.mixture_or_task_name or checkpoint.metadata.get("mixture")
     if wanted is None:  # a checkpoint that was converted, not trained here
         raise ValueError(
@@ -465,7 +482,7 @@ def _units(config: EvaluateConfig, checkpoint: students.Checkpoint) -> list[_Uni
         )
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     tasks: dict[str, cache.TaskRows] = {}
-    for corpus in (_corpus(config, checkpoint, name) for name in names):
+    for corpus in (_corpus(config, checkpoint, name, corpora) for name in names):
         tasks |= {task.name: task for task in scored(corpus)}
     if not tasks:
         raise ValueError(f"No task of {wanted!r} has a metric, so there is no accuracy.")
@@ -707,7 +724,12 @@ def table(rows: Sequence[tuple[str, Score]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def _corpus(config: EvaluateConfig, checkpoint: students.Checkpoint, name: str) -> cache.Corpus:
+def _corpus(
+    config: EvaluateConfig,
+    checkpoint: students.Checkpoint,
+    name: str,
+    corpora: dict[cache.RowsConfig, cache.Corpus],
+) -> cache.Corpus:
     """The rows of a task, mixture or dataset, in the student's own vocabulary."""
     metadata = checkpoint.metadata
     trained = metadata.get("mixture") or ""
@@ -737,12 +759,14 @@ def _corpus(config: EvaluateConfig, checkpoint: students.Checkpoint, name: str) 
     names = [name]
     if prompts.split_name(name)[1] is None and checkpoint.form is not None:
         names = [f"{name}_{checkpoint.form}", name]
-    for number, candidate in enumerate(names, 1):
+    for number, wanted in enumerate(map(rows, names), 1):
+        if wanted in corpora:
+            return corpora[wanted]
         try:
-            corpus = cache.load(rows(candidate), config.split)
-            break
+            corpora[wanted] = cache.load(wanted, config.split)
         except prompts.UnknownNameError:
             if number == len(names):
                 raise
-    cluster.wait_for_all("data")  # a host may have tokenised for an hour
-    return corpus
+            continue
+        cluster.wait_for_all("data")  # a host may have tokenised for an hour
+        return corpora[wanted]

@@ -236,12 +236,20 @@ def test_evaluation_by_two_writes_what_one_does(place, processes):
     assert processes.wait() == [0, 0], processes.said()
     processes.start(command("by_one"), environment(place, 4))
     assert processes.wait() == [0, 0, 0], processes.said()
-    names = sorted(p.name for p in (place / "by_one").iterdir())
-    assert len(names) == 2 and names == sorted(p.name for p in (place / "by_two").iterdir())
+    one, two = place / "by_one", place / "by_two"
+    names = sorted(str(p.relative_to(one)) for p in one.glob("**/*.jsonl"))
+    assert names == sorted(str(p.relative_to(two)) for p in two.glob("**/*.jsonl"))
+    assert len(names) == 4  # results, predictions, and two of their metrics
     for name in names:
-        assert (place / "by_two" / name).read_text() == (place / "by_one" / name).read_text()
-    tables = [log.read_text().count("checkpoint_") for log in processes.logs]
-    assert tables[1] == 0 and tables[0] == tables[2] > 0, "only process 0 prints"
+        if name != "results.jsonl":  # has the time in it
+            assert (two / name).read_text() == (one / name).read_text()
+    assert _untimed(two / "results.jsonl") == _untimed(one / "results.jsonl")
+    tables = [log.read_text().count("1 computed") for log in processes.logs]
+    assert tables == [1, 0, 1], "only process 0 prints"
+
+
+def _untimed(path):
+    return [{**json.loads(line), "time": None} for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow

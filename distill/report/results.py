@@ -15,7 +15,8 @@ from typing import Any
 
 from etils import epath
 
-FILE = "results.jsonl"
+from distill.results import FILE
+
 TEACHER = "teacher"
 VALIDATION, TEST = "validation", "test"
 # Of damaged lines of one file, so many are told one by one.
