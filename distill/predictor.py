@@ -63,9 +63,11 @@ class Predictor:
 
         Raises:
           FileNotFoundError: there is no checkpoint.
-          ValueError: it is damaged, or no T5; the form or the vocabulary is unknown or not its own.
+          ValueError: there are several, it is damaged, or no T5; the form or the vocabulary is unknown or not its own.
         """
-        (checkpoint,) = students.find(path)
+        checkpoint, *others = students.find(path)
+        if others:
+            raise ValueError(f"{path} has {1 + len(others)} runs; give one of them.")
         self.form = form or checkpoint.form or "label"
         if self.form not in prompts.FORMS or prompts.FORMS[self.form].explains:
             known = ", ".join(f for f, form in prompts.FORMS.items() if not form.explains)
