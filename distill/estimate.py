@@ -110,7 +110,7 @@ class Memory:
       optimizer: its slots.
       batch: the arrays of a step.
       saved: activations kept for the backward pass.
-      gradients: with the accumulator of micro-batches, where there are several.
+      gradients: with what is held for the sum over micro-batches, where there are several.
       workspace: what a layer, or the logits, need besides, where the backward pass needs most.
       code: the program.
     """
@@ -211,14 +211,17 @@ def memory(
     of_encoder, of_decoder = (n * k for n, k in zip(layers, kept, strict=True))
     moments = [(of_encoder, in_encoder), (of_encoder + of_decoder, in_decoder)]
     saved, workspace = max(moments, key=sum)
-    # The backward pass gives them in the parameters' type, their sum over parts is float32.
-    sums = parameters * 4 / jnp.dtype(model.param_dtype).itemsize
+    # The backward pass gives gradients in the parameters' type, their sum over parts is float32,
+    # and the parameters are cast to the compute type once, before the loop over parts.
+    kept_size = jnp.dtype(model.param_dtype).itemsize
+    several = work.num_microbatches > 1
+    of_parts = parameters / kept_size * (4 + size * (size != kept_size)) if several else 0.0
     return Memory(
         parameters=parameters,
         optimizer=optimizer,
         batch=work.rows / batch_shards * (2 * work.inputs + 5 * work.targets) * 4,
         saved=saved,
-        gradients=parameters + (sums if work.num_microbatches > 1 else 0),
+        gradients=parameters + of_parts,
         workspace=workspace,
         code=CODE_BYTES,
     )
