@@ -63,7 +63,8 @@ class Predictor:
 
         Raises:
           FileNotFoundError: there is no checkpoint.
-          ValueError: there are several, it is damaged, or no T5; the form or the vocabulary is unknown or not its own.
+          ValueError: there are several, it is damaged, or no T5; the form or the vocabulary is
+            unknown or not its own.
         """
         checkpoint, *others = students.find(path)
         if others:
