@@ -60,9 +60,7 @@ class Answering:
         if self.by not in ("generation", "likelihood"):
             raise ValueError(f"ANSWER_BY must be 'generation' or 'likelihood', not {self.by!r}.")
         if self.by == "likelihood" and self.decoding != decode.Decoding():
-            raise ValueError(
-                "ANSWER_BY='likelihood' writes no label: DECODING has no effect on it."
-            )
+            raise ValueError("ANSWER_BY='likelihood' writes no label: DECODER has no effect on it.")
         for field, macro in (("num_examples", "EVALUATOR_NUM_EXAMPLES"), ("batch_size",) * 2):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -255,7 +253,8 @@ def vote(answers: Sequence[str]) -> tuple[int, float]:
 
 def _by_likelihood(student, task, records, how: Answering, progress) -> list[dict[str, Any]]:
     """The most probable of the labels that a row allows; probabilities are among these."""
-    options = [record.options.split("\n") for record in records]
+    # A choice that is listed twice is one answer.
+    options = [list(dict.fromkeys(record.options.split("\n"))) for record in records]
     if not all(record.options for record in records) or task.answer_form != "label":
         raise ValueError(
             f"{task.name} does not say which labels it allows, so that ANSWER_BY=likelihood cannot "
@@ -406,46 +405,53 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, Score]]:
     """
     computed: set[str] = set()
     failed: dict[str, str] = {}
+    units: dict[str, _Unit] = {}  # of all rounds: what was evaluated stays in the table
     corpora: dict[cache.RowsConfig, cache.Corpus] = {}
     waited_since = time.monotonic()
     while True:
+        # Asked before looking: the last checkpoint may come while others are evaluated.
+        ended = config.wait_minutes is not None and cluster.agreed(
+            cluster.is_first() and _has_ended(config)
+        )
         found = _find(config)
-        units = [unit for checkpoint in found for unit in _units(config, checkpoint, corpora)]
-        missing = [u for u in _missing(units) if str(u.checkpoint.path) not in failed]
+        wanted = [unit for checkpoint in found for unit in _units(config, checkpoint, corpora)]
+        units |= {unit.key: unit for unit in wanted}
+        missing = [u for u in _missing(wanted) if str(u.checkpoint.path) not in failed]
         cluster.wait_for_all("units")  # nobody writes before all have seen what is there
         if missing:
-            _compute(config, missing, len(units), computed, failed)
+            _compute(config, missing, len(wanted), computed, failed)
             waited_since = time.monotonic()
-        ended = bool(found) and all(_has_ended(found, c.run) for c in found)
         patience = config.wait_minutes is not None and (
             time.monotonic() - waited_since < config.wait_minutes * 60
         )
         if cluster.agreed(ended or not patience):
             break
         time.sleep(POLL_SECONDS)
-    if not found:
+    if not units:
         raise FileNotFoundError(
-            f"No checkpoint at {config.checkpoint_path} after {config.wait_minutes:g} minutes "
-            "(WAIT_MINUTES)."
+            f"No checkpoint at {config.checkpoint_path} (RESTORE_MODE={config.restore_mode}) after "
+            f"{config.wait_minutes:g} minutes (WAIT_MINUTES), or until the run ended."
         )
     if config.wait_minutes is not None and not ended:
         logging.warning("No new checkpoint for %s minutes.", f"{config.wait_minutes:g}")
 
     scores = []
-    for folder in dict.fromkeys(unit.folder for unit in units):
+    folders = list(dict.fromkeys(unit.folder for unit in units.values()))
+    for folder in folders:
         kept = results.Store(folder).complete()
         scores += [
             (unit, _score_of(kept[unit.key]))
-            for unit in units if unit.folder == folder and unit.key in kept
+            for unit in units.values() if unit.folder == folder and unit.key in kept
         ]  # fmt: skip
     named = list(zip(_names([unit for unit, _ in scores]), (s for _, s in scores), strict=True))
     if jax.process_index() == 0:
         print(table(named))
-        folders = ", ".join(str(f) for f in dict.fromkeys(unit.folder for unit in units))
+        number = len({unit.checkpoint.path for unit, _ in scores})
+        before = sum(unit.key not in computed for unit, _ in scores)
         print(
-            f"{len(units)} results of {len(found)} checkpoint{'s' * (len(found) != 1)}: "
-            f"{len(computed)} computed, {len(scores) - len(computed)} kept from before. "
-            f"In {folders}."
+            f"{len(scores)} results of {number} checkpoint{'s' * (number != 1)}: "
+            f"{len(computed)} computed, {before} kept from before. "
+            f"In {', '.join(map(str, folders))}."
         )
     if failed:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in failed.items())
@@ -528,6 +534,7 @@ def _compute(
     """Evaluates, checkpoint by checkpoint, and writes each result when it is there."""
     is_writer = jax.process_index() == 0
     started, seen = time.monotonic(), 0
+    done = total - len(units)  # results that are there
     rows = sum(num_rows(unit.task, config.answering) for unit in units)
     bar = tqdm(
         total=rows, unit="row", dynamic_ncols=True,
@@ -545,18 +552,18 @@ def _compute(
             student = None
             for unit in mine:
                 name = f"{_names([unit])[0]}, {unit.task.name}"
-                bar.set_description(f"{len(computed) + 1} of {total}: {name}")
+                bar.set_description(f"{done + 1} of {total}: {name}")
                 try:
                     student = student or students.load(unit.checkpoint, config.vocabulary)
-                except FileNotFoundError as e:
-                    if unit.checkpoint.path.exists():
+                except (FileNotFoundError, ValueError) as e:
+                    if not students.is_there(unit.checkpoint):
+                        # The run that wrote it keeps its newest only.
+                        logging.warning("%s has gone meanwhile: %s", path, e)
+                    elif isinstance(e, FileNotFoundError):
                         raise
-                    # The run that wrote it keeps its newest only.
-                    logging.warning("%s has gone meanwhile: %s", path, e)
-                    break
-                except ValueError as e:
-                    failed[path] = str(e)
-                    logging.error("%s: %s", path, e)
+                    else:
+                        failed[path] = str(e)
+                        logging.error("%s: %s", path, e)
                     break
                 before = bar.n
 
@@ -567,6 +574,7 @@ def _compute(
                 bar.update(before + found.n - bar.n)
                 seen += found.n
                 computed.add(unit.key)
+                done += 1
                 if is_writer:
                     keep(unit.folder, unit.predictions, unit.key, found, unit.checkpoint, unit.task)
                     step = unit.checkpoint.step or 0
@@ -575,7 +583,7 @@ def _compute(
                     left = datetime.timedelta(seconds=round((rows - seen) / speed))
                     bar.write(
                         f"{name}, {unit.split}: {_shown(found)}  "
-                        f"({len(computed)} of {len(units)}, {speed:.1f} rows/s, {left} left)"
+                        f"({done} of {total}, {speed:.1f} rows/s, {left} left)"
                     )
             del student  # before the next one is read
 
@@ -608,7 +616,7 @@ def keep(
     kept = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
     kept = [line for line in kept if line["step"] != step]
     kept.append({"step": step, "n": found.n, **found.scalars})
-    results.write_lines(path, map(results.finite, sorted(kept, key=lambda line: line["step"])))
+    results.write_lines(path, sorted(kept, key=lambda line: line["step"]))
 
 
 def _lines_of_checkpoint(
@@ -668,9 +676,14 @@ def _score_of(lines: Sequence[Mapping[str, Any]]) -> Score:
 
 
 def _rows_digest(task: cache.TaskRows) -> str:
-    """Changes with the rows of a task and with the code of its metrics."""
-    sources = [inspect.getsourcefile(inspect.unwrap(metric_function(m))) for m in task.metrics]
-    codes = [hashlib.sha256(pathlib.Path(f).read_bytes()).hexdigest() for f in sources if f]
+    """Changes with the rows of a task and with the code of all metrics, its own and ours."""
+    sources = {inspect.getsourcefile(inspect.unwrap(metric_function(m))) for m in task.metrics}
+    # One file of ours uses another, and `_beyond_labels` uses more than the task names.
+    sources |= set(map(str, pathlib.Path(metrics.__file__).parent.glob("*.py")))
+    codes = [
+        hashlib.sha256(pathlib.Path(f).read_bytes()).hexdigest()
+        for f in sorted(filter(None, sources))
+    ]
     facts = [task.name, task.metrics, task.answer_form, _file_digest(task.path), codes]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -681,10 +694,17 @@ def _file_digest(path: str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _has_ended(found: Sequence[students.Checkpoint], run: epath.Path) -> bool:
-    """Whether a run has written its last checkpoint; one that is no run of ours has."""
-    mine = [c for c in found if c.run == run]
-    return any(c.step == c.metadata.get("last_step", c.step) for c in mine)
+def _has_ended(config: EvaluateConfig) -> bool:
+    """Whether all runs have written their last checkpoint; one that is no run of ours has.
+
+    The newest of each says so, whichever are evaluated: every other one, or the best, may be older,
+    and a run that was made longer has passed what was its last step.
+    """
+    try:
+        newest = students.find(config.checkpoint_path, "latest")
+    except FileNotFoundError:
+        return False
+    return all(c.step == c.metadata.get("last_step", c.step) for c in newest)
 
 
 def _names(units: Sequence[_Unit]) -> list[str]:
@@ -708,13 +728,17 @@ def _shown(found: Score) -> str:
 
 def table(rows: Sequence[tuple[str, Score]]) -> str:
     """One line a checkpoint, one column a dataset: the main metric and its 95 % interval."""
-    columns = list(dict.fromkeys((s.dataset, s.split, s.main[0], s.n) for _, s in rows))
+    tasks: dict[Any, set[str]] = {}
+    for name, s in rows:
+        tasks.setdefault((name, s.dataset, s.split), set()).add(s.task)
+    # Of several tasks of a dataset each has its own column.
+    several = {dataset for (_, dataset, _), names in tasks.items() if len(names) > 1}
     cells: dict[str, dict[Any, str]] = {}
     for name, s in rows:
-        e = s.main[1]
-        cells.setdefault(name, {})[s.dataset, s.split, s.main[0], s.n] = (
-            f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
-        )
+        metric, e = s.main
+        column = s.task if s.dataset in several else s.dataset, s.split, metric, s.n
+        cells.setdefault(name, {})[column] = f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
+    columns = list(dict.fromkeys(column for of in cells.values() for column in of))
     lines = [
         ["checkpoint", *(f"{d} {split}, {metric} (n = {n})" for d, split, metric, n in columns)]
     ]

@@ -82,6 +82,8 @@ def find(path: str, which: str = "latest") -> list[Checkpoint]:
         for run in runs:
             chosen = [c for c in _chosen(run, which, every and int(every[1])) if c not in found]
             found += chosen
+    if not found:
+        raise FileNotFoundError(f"RESTORE_MODE={which}: no checkpoint of {path} has such a step.")
     if which == "specific" and len(found) > 1:
         raise ValueError(
             f"RESTORE_MODE=specific needs one checkpoint folder; {path} has {len(found)}, such as "
@@ -180,6 +182,16 @@ def _validation_accuracy(checkpoint: Checkpoint) -> float:
         if name.endswith("/validation") and "accuracy" in metrics
     ]  # fmt: skip
     return float(np.mean(values)) if values else math.nan
+
+
+def is_there(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is still what `find` saw; a run deletes its old ones, file by file."""
+    if not checkpoint.metadata:
+        return checkpoint.path.is_dir()
+    try:
+        return checkpoints.fingerprint(checkpoint.path) == checkpoint.fingerprint
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

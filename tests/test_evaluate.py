@@ -171,7 +171,7 @@ def test_settings_are_checked():
         (dict(by="vote"), "ANSWER_BY must be"),
         (dict(num_examples=0), "EVALUATOR_NUM_EXAMPLES must be"),
         (dict(batch_size=1.5), "BATCH_SIZE must be"),
-        (dict(by="likelihood", decoding=decode.Decoding("beam")), "DECODING has no effect"),
+        (dict(by="likelihood", decoding=decode.Decoding("beam")), "DECODER has no effect"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate.Answering(**settings)
@@ -519,3 +519,58 @@ def test_students_are_sharded_over_all_devices(run):
     assert student.mesh.size == 8
     for a, b in zip(here.tokens, alone.answer(inputs, max_length=8).tokens, strict=True):
         np.testing.assert_array_equal(a[0], b[0])
+
+
+def test_two_tasks_of_a_dataset_have_two_columns():
+    def score(task, value):
+        estimate = metrics.Estimate(value, 10, 0.1, value, value)
+        return evaluate.Score(task, "x", "test", "greedy", 10, {"accuracy": estimate})
+
+    text = evaluate.table([("a", score("x_predict", 0.5)), ("a", score("x_label", 0.25))])
+    assert "x_predict test" in text and "x_label test" in text
+    assert "0.5000" in text and "0.2500" in text
+
+
+def test_a_result_computed_anew_replaces_all_of_the_earlier_one(tmp_path):
+    store, about = results.Store(tmp_path), {"key": "k", "run": "r", "value": float("nan")}
+    store.add([about | {"metric": m, "of": 3} for m in ("accuracy", "chrf", "rouge_l")])
+    store.add([about | {"metric": m, "of": 2} for m in ("accuracy", "chrf")])
+    assert [line["metric"] for line in store.complete()["k"]] == ["accuracy", "chrf"]
+
+
+def test_predictions_are_json_whatever_they_hold(tmp_path):
+    results.write_lines(tmp_path / "x", [{"probability": float("nan"), "said": "é \ud83d"}])
+    (line,) = (tmp_path / "x").read_bytes().decode().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["probability"] is None
+
+
+def test_steps_that_are_not_there_are_said(run):
+    with pytest.raises(FileNotFoundError, match="RESTORE_MODE=every-7: no checkpoint of"):
+        students.find(str(run), "every-7")
+
+
+def test_waiting_asks_the_newest_checkpoint_whether_a_run_has_ended(tmp_path, rows, capsys):
+    save(tmp_path, 10, 0, last_step=10)  # ended, and was then made longer
+    save(tmp_path, 15, 1, last_step=20)
+    settings = config(tmp_path, rows, restore_mode="all", wait_minutes=1)
+    assert not evaluate._has_ended(settings)
+    save(tmp_path, 20, 2, last_step=20)
+    started = time.monotonic()  # the last one is none of those that are evaluated
+    evaluate.evaluate(dataclasses.replace(settings, restore_mode="every-15"))
+    assert computed(capsys) == 1 and time.monotonic() - started < 50
+
+
+def test_a_checkpoint_that_is_being_deleted_is_passed_over(tmp_path, rows, monkeypatch, capsys):
+    for step in (1, 2):
+        save(tmp_path, step, step)
+    load = students.load
+
+    def slow(checkpoint, vocabulary=None):
+        if checkpoint.step == 1:  # the manifest goes first
+            (manifest,) = (f for f in checkpoint.path.iterdir() if "manifest" in f.name.lower())
+            manifest.unlink()
+        return load(checkpoint, vocabulary)
+
+    monkeypatch.setattr(students, "load", slow)
+    evaluate.evaluate(config(tmp_path, rows, restore_mode="all"))
+    assert computed(capsys) == 1
