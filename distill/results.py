@@ -62,7 +62,10 @@ class Store:
         for line in self.lines():
             key = line.get("key", "")
             last[tuple(line.get(name) for name in ABOUT)] = key
-            by_key.setdefault(key, {})[line.get("metric", "")] = line
+            lines, metric = by_key.setdefault(key, {}), line.get("metric", "")
+            if metric in lines:  # computed anew: nothing of the earlier one stays
+                lines.clear()
+            lines[metric] = line
         found = {key: list(by_key[key].values()) for key in last.values() if key}
         return {key: lines for key, lines in found.items() if self._is_whole(lines)}
 
@@ -106,12 +109,13 @@ def finite(line: Mapping[str, Any]) -> dict[str, Any]:
 def write_lines(path: epath.Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Writes a file of JSON lines that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
+    content = text.encode("utf-8", "backslashreplace")  # whatever the locale is
     if "://" in str(path):  # an object appears when it is complete
-        path.write_text(text)
+        path.write_bytes(content)
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
+    partial.write_bytes(content)
     partial.replace(path)
 
 
