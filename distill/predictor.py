@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from distill import decode, metrics, prompts, students
+from distill import decode, metrics, prompts, results, students
 
 # Tokens of a label at most; the published code decodes as many.
 LABEL_LENGTH = 64
@@ -72,7 +73,12 @@ class Predictor:
         self.form = form or checkpoint.form or "label"
         if self.form not in prompts.FORMS or prompts.FORMS[self.form].explains:
             known = ", ".join(f for f, form in prompts.FORMS.items() if not form.explains)
-            raise ValueError(f"form must be one of {known}, not {form!r}.")
+            raise ValueError(f"form must be one of {known}, not {self.form!r}.")
+        if checkpoint.form not in (None, self.form):
+            raise ValueError(
+                f"{checkpoint.path} answers to the form {checkpoint.form!r}, not {form!r}: leave "
+                "form out."
+            )
         self.checkpoint = checkpoint
         self.student = students.load(checkpoint, vocabulary)
         self.batch_size = batch_size
@@ -159,8 +165,8 @@ def infer(
     """Answers a file of JSON lines, in order; goes on where an earlier call ended.
 
     An output line is the input's object with `label`, `probability`, `rationale` (where asked),
-    `line` (of the input, from 1) and `student`. A line that cannot be used is reported and has no
-    output line.
+    `line` (of the input, from 1) and `student`, which replace what it had of these names. A line
+    that cannot be used is reported and has no output line.
 
     Args:
       predictor: the student.
@@ -175,9 +181,14 @@ def infer(
 
     Raises:
       FileNotFoundError: there is no such input.
-      ValueError: the output is that of another student or input.
+      ValueError: the output is that of another student or input, or of one that was asked in
+        another way; the text has a name that the output needs.
     """
-    name = f"{predictor.checkpoint.path}@{predictor.checkpoint.fingerprint[:8]}"
+    if field in (taken := ("label", "probability", "rationale", "line", "student")):
+        raise ValueError(f"--field={field}: the output needs the names {', '.join(taken)}.")
+    asked = [predictor.checkpoint.fingerprint, predictor.form, explain, list(options or ())]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    name = f"{predictor.checkpoint.path}@{digest[:8]}"
     answered = unusable = 0
     with _reader(source) as lines, _writer(output) as (file, last):
         numbered = enumerate(lines, 1)
@@ -201,7 +212,7 @@ def infer(
                     if not explain:
                         del said["rationale"]
                     row = {**row, **said, "line": number, "student": name}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(results.finite(row), ensure_ascii=False) + "\n")
                 file.flush()
                 answered += len(usable)
                 bar.update(len(block))
@@ -211,6 +222,7 @@ def infer(
 def _parsed(line: str, field: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half an emoji has no UTF-8
     except (ValueError, RecursionError) as e:
         raise ValueError(f"not valid JSON ({e})") from e
     if not isinstance(row, dict):
@@ -247,8 +259,8 @@ class _writer:
                     last = line
         self.file = open(path, "a", encoding="utf-8")
         try:
-            return self.file, None if last is None else json.loads(last)
-        except ValueError as e:
+            return self.file, None if last is None else dict(json.loads(last))
+        except (TypeError, ValueError) as e:
             self.file.close()
             raise ValueError(f"{self.output} is not an output of infer: choose another.") from e
 
@@ -263,8 +275,9 @@ def _skip(
     """Passes over what was answered before, which must have been this input, by this student."""
     if last.get("student") != name:
         raise ValueError(
-            f"{output} has the answers of {last.get('student')}, not of {name}: choose another "
-            "--output, or delete it."
+            f"{output} has the answers of {last.get('student')}, not of {name} (the last part "
+            "stands for the weights, --form, --explain and --options): choose another --output, or "
+            "delete it."
         )
     for number, line in numbered:
         if number == last["line"]:

@@ -33,7 +33,8 @@ def example(fields):
 
 def options(text):
     """Returns the choices in an input."""
-    return re.findall(rf"^\([{LETTERS}]\) (.*)$", text.partition("\nAnswer Choices:\n")[2], re.M)
+    listed = text.partition("\nAnswer Choices:\n")[2]
+    return [choice.strip() for choice in re.findall(rf"^\([{LETTERS}]\) (.*)$", listed, re.M)]
 
 
 def parse(completion):

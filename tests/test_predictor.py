@@ -78,6 +78,8 @@ def test_forms(tmp_path):
     with pytest.raises(ValueError, match="Input 1 is empty"):
         label(["a", " "])
     assert label([]) == []
+    with pytest.raises(ValueError, match="answers to the form 'label', not 'predict'"):
+        predictor.Predictor(str(tmp_path / "label"), form="predict")
     with pytest.raises(ValueError, match="form must be one of label, predict"):
         predictor.Predictor(str(tmp_path / "label"), form="explain")
 
@@ -86,7 +88,7 @@ def test_a_file_is_answered_in_order_and_bad_lines_are_skipped(student, tmp_path
     rows = [{"input": text, "id": i} for i, text in enumerate(TEXTS[:6])]
     source = write(tmp_path / "in.jsonl", [
         rows[0], "not json", rows[1], '["a"]', {"id": 7}, {"input": 3}, {"input": " "}, "",
-        '{"input": "torn', rows[2], *rows[3:],
+        '{"input": "half an emoji \\ud83d"}', rows[2], *rows[3:],
     ])  # fmt: skip
     output = tmp_path / "out.jsonl"
     assert predictor.infer(student, source, str(output), explain=True) == (6, 7)
@@ -134,8 +136,14 @@ def test_another_input_or_student_is_refused(run, student, tmp_path):
     second = predictor.Predictor(str(run / "checkpoint_10"))
     with pytest.raises(ValueError, match="choose another --output"):
         predictor.infer(second, source, output)
-    with pytest.raises(ValueError, match="is not an output of infer"):
-        predictor.infer(student, source, write(tmp_path / "text", ["no json"]))
+    for text in ("no json", "[1]"):
+        with pytest.raises(ValueError, match="is not an output of infer"):
+            predictor.infer(student, source, write(tmp_path / "text", [text]))
+    for how in (dict(explain=True), dict(options=["1", "2"])):
+        with pytest.raises(ValueError, match="stands for the weights.*choose another --output"):
+            predictor.infer(student, source, output, **how)
+    with pytest.raises(ValueError, match="the output needs the names label"):
+        predictor.infer(student, source, output, field="label")
 
 
 def test_a_pipe(run):
