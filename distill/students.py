@@ -92,6 +92,12 @@ def find(path: str, which: str = "latest") -> list[Checkpoint]:
     return found
 
 
+def absolute(folder: epath.PathLike) -> epath.Path:
+    """The one name of a run, for whoever writes results about it."""
+    folder = epath.Path(folder).expanduser()
+    return folder if "://" in str(folder) else epath.Path(os.path.abspath(folder))
+
+
 def _is_pattern(path: str) -> bool:
     return any(c in path for c in "*?[")
 
@@ -110,8 +116,7 @@ def _folders(pattern: str) -> list[epath.Path]:
 
 def _checkpoints(folder: epath.Path, must: bool) -> list[Checkpoint]:
     """All checkpoints of a run, or the one that the folder is."""
-    if "://" not in str(folder):
-        folder = epath.Path(os.path.abspath(folder))
+    folder = absolute(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"No checkpoint at {folder}: there is no such folder.")
     if t5x.is_t5x(folder):

@@ -792,7 +792,7 @@ def _evaluate(
     writer.write(f"training_eval/{corpus.name}/{corpus.split}", step, scalars)
     student = students.Student(params, net, mesh, vocabulary, row_lengths)
     how = evaluate.Answering(num_examples=config.evaluator_num_examples)
-    folder = epath.Path(config.model_dir).expanduser()
+    folder = students.absolute(config.model_dir)
     about = {**dataclasses.asdict(progress), **facts}
     now = students.Checkpoint(folder / f"checkpoint_{step}", folder, step, "", about)
     scores = []
