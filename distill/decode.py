@@ -7,7 +7,7 @@ Of a network it knows four methods (`t5.T5` documents them): `start_decoding`, `
 `decode_step`, `unembed`. What a row's answers share is in the context from `start_decoding` (of an
 encoder-decoder the keys and values of the encoder's states, by far the largest part), of which
 there is one for each row however many beams or samples; what differs between them is in the cache,
-whose arrays are [rows, answers, ...].
+whose arrays are [rows * answers, ...].
 
 Letters of shapes: b rows, n answers to a row (beams or samples), v vocabulary, t positions.
 """
@@ -176,16 +176,10 @@ def generate(
       progress: called after each batch with the number of inputs that are done.
 
     Raises:
-      ValueError: an input is empty, `max_length` or `batch_size` is not positive, or the vocabulary
-        is too small for the beams.
+      ValueError: an input is empty, or `max_length` or `batch_size` is not positive.
     """
     if max_length < 1:
         raise ValueError(f"generate: max_length must be positive, not {max_length!r}.")
-    if 2 * (decoding.beam_size or 0) > net.config.vocab_size:
-        raise ValueError(
-            f"Decoding.beam_size={decoding.beam_size} is more than half of the vocabulary of "
-            f"{net.config.vocab_size}."
-        )
     seed = np.uint32(decoding.seed or 0)
     if decoding.seed:  # one program for all seeds
         decoding = dataclasses.replace(decoding, seed=0)
@@ -198,8 +192,10 @@ def generate(
         )
         output, sums = map(partitioning.gather, found)
         for r, index in enumerate(rows):
-            tokens[index] = [_until_eos(answer) for answer in output[r]]
-            log_probs[index] = sums[r].tolist()
+            # A vocabulary of few tokens may have fewer sequences than there are beams.
+            real = np.isfinite(sums[r])
+            tokens[index] = [_until_eos(answer) for answer in output[r][real]]
+            log_probs[index] = sums[r][real].tolist()
         done += len(rows)
         if progress is not None:
             progress(done)
@@ -386,7 +382,9 @@ def _search(params, inputs, numbers, seed, *, net, decoding: Decoding, max_lengt
         logits = net.apply(variables, states[:, :, 0], method="unembed")
         last, parents, search = search.advance(logits, position, decoding)
         if parents is not None:
-            cache = jax.tree.map(lambda x: _take(x, parents), cache)
+            cache = jax.tree.map(
+                lambda x: _take(x.reshape(rows, n, *x.shape[1:]), parents).reshape(x.shape), cache
+            )
         return position + 1, last, cache, search
 
     state = jnp.int32(0), jnp.broadcast_to(first[:, None], (rows, n)), None, search
@@ -407,7 +405,8 @@ def _search(params, inputs, numbers, seed, *, net, decoding: Decoding, max_lengt
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     """x [b, n, ...] at index [b, m] of its second axis -> [b, m, ...]."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+    index = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
 def _write(tokens: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
@@ -554,11 +553,12 @@ class _Beams(NamedTuple):
 
     def advance(self, logits, position, decoding: Decoding):
         """Takes logits [b, n, v] -> the next tokens [b, n], whose sequels they are, new state."""
-        (b, n, _), t = logits.shape, self.tokens.shape[2]
+        (b, n, v), t = logits.shape, self.tokens.shape[2]
         sums = self.sums[..., None] + jax.nn.log_softmax(logits)
-        sums, token = jax.lax.top_k(sums, 2 * n)  # of each beam; then of all of them
+        each = min(2 * n, v)
+        sums, token = jax.lax.top_k(sums, each)  # of each beam; then of all of them
         sums, index = jax.lax.top_k(sums.reshape(b, -1), 2 * n)
-        token, parent = jnp.take_along_axis(token.reshape(b, -1), index, axis=1), index // (2 * n)
+        token, parent = jnp.take_along_axis(token.reshape(b, -1), index, axis=1), index // each
         tokens = _write(_take(self.tokens, parent), token, position)
         ended = (token == EOS) | (position == t - 1)
 

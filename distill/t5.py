@@ -293,24 +293,23 @@ class Attention(nn.Module):
 
         Args:
           x: normalised stream of q new tokens of each of n sequences a row, [b, n * q, e].
-          cache: keys [b, n, h, d, t] and values [b, n, h, t, d] of a row's sequences.
+          cache: keys [b * n, h, d, t] and values [b * n, h, t, d].
           position: int32 scalar, of the first new token.
           bias: [h, q, t], float32, with the mask in it.
 
         Returns:
           [b, n * q, e], and the cache with the new tokens at `position`.
         """
-        rows, n = cache[0].shape[:2]
         query, key, value = (
-            self._heads(dense(x), "").reshape(rows, n, -1, *cache[1].shape[2::2])
+            self._heads(dense(x), "").reshape(cache[0].shape[0], -1, *cache[1].shape[1::2])
             for dense in (self.query, self.key, self.value)
         )
         update = jax.lax.dynamic_update_slice_in_dim
-        keys = update(cache[0], jnp.einsum("bnqhd->bnhdq", key), position, axis=4)
-        values = update(cache[1], jnp.einsum("bnqhd->bnhqd", value), position, axis=3)
-        scores = jnp.einsum("bnqhd,bnhdt->bnhqt", query, keys, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores + bias[None, None]).astype(values.dtype)
-        mixed = jnp.einsum("bnhqt,bnhtd->bnqhd", weights, values)
+        keys = update(cache[0], jnp.einsum("bqhd->bhdq", key), position, axis=3)
+        values = update(cache[1], jnp.einsum("bqhd->bhqd", value), position, axis=2)
+        scores = jnp.einsum("bqhd,bhdt->bhqt", query, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores + bias[None]).astype(values.dtype)
+        mixed = jnp.einsum("bhqt,bhtd->bqhd", weights, values)
         return self.out(mixed.reshape(*x.shape[:2], -1)), (keys, values)
 
     def step(self, x: Array, context: tuple[Array, Array], bias: Array) -> Array:
@@ -591,15 +590,16 @@ class Decoder(nn.Module):
         Args:
           embedded: [b, n * q, e].
           position: int32 scalar, of the first new token, from 0.
-          cache: for each layer keys [b, n, h, d, t] and values [b, n, h, t, d].
+          cache: for each layer keys [b * n, h, d, t] and values [b * n, h, t, d].
           context: from `context`.
           cross_bias: [b, k].
 
         Returns:
           States [b, n * q, e], and the cache with the new tokens in it.
         """
-        n, length = cache[0][1].shape[1], cache[0][1].shape[3]
-        positions, keys = position + jnp.arange(embedded.shape[1] // n), jnp.arange(length)
+        (answers, _, length, _), (rows, tokens, _) = cache[0][1].shape, embedded.shape
+        positions = position + jnp.arange(tokens * rows // answers)
+        keys = jnp.arange(length)
         later = keys[None, :] > positions[:, None]  # or not written yet
         bias = self.relpos_bias(positions, keys)[0] + jnp.where(later, MASKED, 0.0)[None]
         x, written = embedded, []
@@ -708,7 +708,7 @@ class T5(nn.Module):
         return self.unembed(self.states(batch))
 
     # --- What `decode` asks of a network. It knows nothing of an encoder: it hands the context from
-    # `start_decoding` to every step, and reorders a cache along its second axis.
+    # `start_decoding` to every step, and reorders a cache along its first axis.
 
     def start_decoding(self, inputs: Array) -> tuple[Array, Any]:
         """What is computed once for a batch of inputs.
@@ -730,12 +730,14 @@ class T5(nn.Module):
         """A cache of `length` positions for n answers to each of so many rows.
 
         Returns:
-          A tree of arrays [rows, n, ...]. What was written into one of fewer positions stays valid
-          in the first corner of a longer one.
+          A tree of arrays [rows * n, ...], answers of a row side by side. (Two axes would be
+          merged for the products, and XLA:CPU, jax 0.10.2, then copies the whole cache in every
+          step instead of writing one position.) What was written into one of fewer positions stays
+          valid in the first corner of a longer one.
         """
         cfg, heads = self.config, self.config.num_heads
-        axes = ("batch", None, "heads", None, None)
-        shapes = (rows, n, heads, cfg.head_dim, length), (rows, n, heads, length, cfg.head_dim)
+        axes = ("batch", "heads", None, None)
+        shapes = (rows * n, heads, cfg.head_dim, length), (rows * n, heads, length, cfg.head_dim)
         return [
             tuple(_pin(self.constrain, jnp.zeros(s, cfg.compute_dtype), axes) for s in shapes)
             for _ in range(cfg.num_decoder_layers)

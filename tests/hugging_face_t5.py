@@ -142,7 +142,7 @@ def ask(folder: pathlib.Path, request: dict, arrays: dict | None = None) -> tupl
 
     Args:
       folder: for the request, the answer, and the models that the script saves.
-      request: `{"task": "make" | "load" | "train", ...}`, see `make`, `load` and `train`.
+      request: `{"task": "make" | "load" | "train" | "search", ...}`, see the function of that name.
       arrays: numpy arrays that belong to it.
 
     Returns:
@@ -301,6 +301,31 @@ def train(folder: pathlib.Path, request: dict, arrays: dict) -> tuple[dict, dict
     return {name: np.array(curve) for name, curve in curves.items()}, {}
 
 
+def search(folder: pathlib.Path, request: dict, arrays: dict) -> tuple[dict, dict]:
+    """Saves `request["sizes"]` in `model/` and continues `arrays["prompts"]` with it.
+
+    Once for each of `request["searches"]`, settings of transformers' `generate`. Of the i-th it
+    returns `tokens_i` [rows, length], with 0 behind EOS, and where that is greedy `margins_i`
+    [rows, length], the distances between the two best logits.
+    """
+    import torch
+
+    model = seeded_model(request["sizes"])
+    model.save_pretrained(folder / "model")
+    inputs, found = torch.tensor(arrays["prompts"], dtype=torch.long), {}
+    for i, settings in enumerate(request["searches"]):
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=inputs, attention_mask=(inputs > 0).long(), do_sample=False,
+                output_logits=True, return_dict_in_generate=True, **settings,
+            )  # fmt: skip
+        found[f"tokens_{i}"] = output.sequences.numpy()[:, 1:].astype(np.int32)
+        if settings["num_beams"] == 1:
+            best = torch.stack(output.logits, dim=1).topk(2, dim=-1).values
+            found[f"margins_{i}"] = (best[..., 0] - best[..., 1]).numpy()
+    return found, {}
+
+
 def write_goldens() -> None:
     """Writes what torch computes for GOLDEN_MODELS, but for the weights, which are drawn anew."""
     golden = {}
@@ -342,9 +367,8 @@ def main(argument: str) -> None:
     request = json.loads((folder / "request.json").read_text())
     with np.load(folder / "request.npz") as given:
         arrays = dict(given)
-    found, facts = {"make": make, "load": load, "train": train}[request["task"]](
-        folder, request, arrays
-    )
+    answer = {"make": make, "load": load, "train": train, "search": search}[request["task"]]
+    found, facts = answer(folder, request, arrays)
     np.savez(folder / "answer.npz", **found)
     (folder / "answer.json").write_text(json.dumps(facts))
 
