@@ -504,7 +504,7 @@ def _units(
     how, units = config.answering, []
     for task in tasks.values():
         settings = [
-            FORMAT, checkpoint.fingerprint, _rows_digest(task), config.split,
+            FORMAT, _run_name(checkpoint) if config.eval_output_dir else "", checkpoint.fingerprint, _rows_digest(task), config.split,
             dataclasses.asdict(dataclasses.replace(how, batch_size=1)),
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -607,7 +607,7 @@ def keep(
     store = results.Store(folder)
     store.add(_lines_of_checkpoint(found, checkpoint, key, predictions))
     taught = _teacher_lines(task, found)
-    if taught and taught[0]["key"] not in store.complete():
+    if taught and all(line.get("key") != taught[0]["key"] for line in store.lines()):
         store.add(taught)
     step, stem = checkpoint.step or 0, predictions.removesuffix(".jsonl")
     if checkpoint.step is not None:

@@ -51,7 +51,9 @@ class Checkpoint:
     @property
     def form(self) -> str | None:
         """In which form the student answers, see `prompts.FORMS`; None where that is not known."""
-        return prompts.answering_form(self.metadata.get("mixture") or "")
+        names = self.metadata.get("tasks") or [self.metadata.get("mixture") or ""]
+        forms = {prompts.answering_form(name) for name in names} - {None, "explain"}
+        return forms.pop() if len(forms) == 1 else None
 
 
 def find(path: str, which: str = "latest") -> list[Checkpoint]:

@@ -379,6 +379,7 @@ def train(
         "last_step": last_step,
         "data": fingerprint,
         "mixture": data.mixture_or_task_name,
+        "tasks": [task.name for task in corpus.tasks],
         "module": data.mixture_or_task_module,
         "vocabulary": data.vocabulary,
         "data_dir": data.data_dir,

@@ -155,6 +155,19 @@ def test_another_form_is_refused_unless_forced(run, rows, tmp_path):
     assert score.task == "arithmetic_label"
 
 
+def test_the_tasks_of_a_mixture_of_ones_own_tell_the_form(tmp_path):
+    save(tmp_path, 1, 0, mixture="my_mixture")
+    (checkpoint,) = students.find(str(tmp_path))
+    assert checkpoint.form is None
+    for tasks, form in (
+        (["a_explain", "a_predict", "b_predict_llm"], "predict"),
+        (["a_label", "a_predict"], None),
+        (["mine"], None),
+    ):
+        told = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, "tasks": tasks})
+        assert told.form == form
+
+
 def test_unknown_tasks_are_named(run, rows):
     with pytest.raises(ValueError, match="no task or mixture named 'arithmetik'.*Did you mean"):
         evaluate.evaluate(config(run, rows, mixture_or_task_name="arithmetik"))
