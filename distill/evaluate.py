@@ -502,18 +502,18 @@ def _units(
             )
     folder = epath.Path(config.eval_output_dir or checkpoint.run / students.RESULTS).expanduser()
     how, units = config.answering, []
+    # Several runs may share a folder of results.
+    shared = f"{_run_name(checkpoint)}/" if config.eval_output_dir else ""
     for task in tasks.values():
         settings = [
-            FORMAT, _run_name(checkpoint) if config.eval_output_dir else "", checkpoint.fingerprint, _rows_digest(task), config.split,
+            FORMAT, checkpoint.fingerprint, shared, _rows_digest(task), config.split,
             dataclasses.asdict(dataclasses.replace(how, batch_size=1)),
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         step = "" if checkpoint.step is None else f"-{checkpoint.step:06}"
         decoder = "" if how.name == "greedy" else f"-{how.name}"
-        # Several runs may share a folder of results.
-        run = f"{_run_name(checkpoint)}/" if config.eval_output_dir else ""
-        predictions = f"{run}{config.split}/{task.name}{decoder}{step}.jsonl"
-        kind = f"{run}{task.name}{decoder}/{config.split}"
+        predictions = f"{shared}{config.split}/{task.name}{decoder}{step}.jsonl"
+        kind = f"{shared}{task.name}{decoder}/{config.split}"
         units.append(_Unit(checkpoint, task, config.split, folder, predictions, kind, key))
     return units
 

@@ -229,7 +229,8 @@ def rounds(what: str, ours: Ours, theirs: Transformers, inputs, **settings) -> d
     mine, other = turns[-1]
     differ = sum(a != b for a, b in zip(mine.tokens, other.tokens, strict=True))
     lengths = [len(tokens) for tokens in mine.tokens]
-    print(f"{what}: {len(inputs)} inputs, {statistics.mean(lengths):.1f} tokens an answer (at most "
+    mean = statistics.mean(lengths)
+    print(f"{what}: {len(inputs)} inputs, {mean:.1f} tokens an answer (at most "
           f"{max(lengths)}), {len({tuple(t) for t in mine.tokens})} different; {differ} differ from "
           "transformers'")  # fmt: skip
     for name, at in (("ours", 0), ("transformers", 1)):
