@@ -114,7 +114,7 @@ class _Instruction:
 Computation = dict[str, _Instruction]
 
 
-def cost(text: str, unknown_rounds: int = 1) -> Cost:
+def cost(text: str, unknown_rounds: float = 1) -> Cost:
     """Reads the text of a compiled program.
 
     Args:

@@ -344,8 +344,9 @@ def compile_decode(setup: Setup, where: Topology, rows: int, max_length: int) ->
     params = students.abstract_params(net, mesh)
     lowered = decode.greedy.lower(params, tokens, model=net, max_length=max_length)
     compiled, text = _compile(lowered)
-    # The loop ends when all rows have; its text has no number of rounds, so they are put in here.
-    cost = hlo.cost(text, unknown_rounds=max_length)
+    # Loops end when all rows have; their text has no number of rounds, so they are put in here.
+    # There is one loop for each length of the cache; all of them together run `max_length` rounds.
+    cost = hlo.cost(text, unknown_rounds=max_length / len(decode.stages(max_length)))
     return {
         "rows": rows,
         "peak": _peak(compiled),
