@@ -296,35 +296,53 @@ def length_buckets(
       shards: what the rows of a batch have to divide by.
 
     Yields:
-      (indices of the rows, (rows of the batch, padded length)). All batches have one number of
-      rows, and one length between two powers of two, so few programs are compiled.
+      (indices of the rows, (rows of the batch, padded length)), the longest first, so that the
+      memory that it takes is known at once. All batches have one number of rows. There are no more
+      padded lengths than powers of two (16 to 32, 32 to 64, ...) that the lengths lie between, so
+      that few programs are compiled, but they are where they waste least.
     """
-    order = np.argsort(-lengths, kind="stable")  # the longest first: memory is known at once
+    order = np.argsort(-lengths, kind="stable")
     count = -(-len(order) // batch_size)
     # As many batches as there have to be, of equal size: a last one of few rows costs as much.
     size = -(-len(order) // max(count, 1))
     size = -(-size // shards) * shards
-    padded: dict[int, int] = {}
-    for start in range(0, len(order), max(size, 1)):
-        rows = order[start : start + size]
-        longest = int(lengths[rows[0]])
-        # The first batch of a bucket has its longest row.
-        length = padded.setdefault((longest - 1).bit_length(), -(-longest // 16) * 16)
-        yield rows, (size, length)
+    starts = range(0, len(order), max(size, 1))
+    longest = -(-lengths[order[starts]] // 8) * 8
+    powers = len({(int(length) - 1).bit_length() for length in lengths})
+    for start, length in zip(starts, _few_lengths(longest, powers), strict=True):
+        yield order[start : start + size], (size, length)
+
+
+def _few_lengths(longest: np.ndarray, most: int) -> list[int]:
+    """Rounds lengths up to at most `most` different ones, so that their sum is least."""
+    values, counts = np.unique(longest, return_counts=True)
+    below = np.cumsum(counts)
+    # For each value: the least sum of all up to it with so many lengths, and the lengths.
+    best = [(int(v * n), (int(v),)) for v, n in zip(values, below, strict=True)]
+    for _ in range(1, min(most, len(values))):
+        best = [
+            min([alone, *(
+                (best[j][0] + int(v * (below[i] - below[j])), (*best[j][1], int(v)))
+                for j in range(i)
+            )])
+            for i, (v, alone) in enumerate(zip(values, best, strict=True))
+        ]  # fmt: skip
+    chosen = np.array(best[-1][1] if best else [], int)
+    return chosen[np.searchsorted(chosen, longest)].tolist()
 
 
 # --- The loop -------------------------------------------------------------------------------------
 
-# Positions that the cache starts with; it doubles whenever it is full. A step reads all of it, and
-# most labels are short.
-FIRST_POSITIONS = 32
+# Positions that the cache starts with, since a step reads all of it and most labels are short; and
+# how it grows when it is full. Each length is a loop of its own in the program, to be compiled.
+FIRST_POSITIONS, GROWTH = 32, 4
 
 
 def stages(max_length: int) -> list[int]:
-    """Lengths that the cache grows through, `[32, 64, 100]` for 100."""
+    """Lengths that the cache grows through, `[32, 128, 200]` for 200."""
     lengths = [FIRST_POSITIONS]
     while lengths[-1] < max_length:
-        lengths.append(2 * lengths[-1])
+        lengths.append(GROWTH * lengths[-1])
     return [*lengths[:-1], max_length]
 
 

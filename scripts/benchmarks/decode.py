@@ -229,9 +229,10 @@ def rounds(what: str, ours: Ours, theirs: Transformers, inputs, **settings) -> d
     mine, other = turns[-1]
     differ = sum(a != b for a, b in zip(mine.tokens, other.tokens, strict=True))
     lengths = [len(tokens) for tokens in mine.tokens]
-    mean, distinct = statistics.mean(lengths), len({tuple(tokens) for tokens in mine.tokens})
-    print(f"{what}: {len(inputs)} inputs, {mean:.1f} tokens an answer (at most {max(lengths)}), "
-          f"{distinct} different; {differ} differ from transformers'")  # fmt: skip
+    different = len({tuple(tokens) for tokens in mine.tokens})
+    print(f"{what}: {len(inputs)} inputs, {statistics.mean(lengths):.1f} tokens an answer (at most "
+          f"{max(lengths)}), {different} different; {differ} differ from "
+          "transformers'")  # fmt: skip
     for name, at in (("ours", 0), ("transformers", 1)):
         walls = [turn[at].wall for turn in turns]
         print(f"  {name:13} {len(inputs) / statistics.median(walls):7.2f} examples/s, median of "
