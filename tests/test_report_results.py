@@ -121,7 +121,7 @@ def test_damaged_lines_are_named_and_a_torn_last_one_is_not(tmp_path):
     deep = "[" * 100_000
     missing = json.dumps({k: v for k, v in row().items() if k != "dataset"})
     lines = [good, '{"run": "/r', "[1]", deep, "", missing, json.dumps(row(float("nan"))),
-             json.dumps(row(n=True)), json.dumps(row(step=None)), good[:-5]]  # fmt: skip
+             json.dumps(row(n=True)), json.dumps(row(task=None)), good[:-5]]  # fmt: skip
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(lines))
     values, notes = read(path)
@@ -131,10 +131,16 @@ def test_damaged_lines_are_named_and_a_torn_last_one_is_not(tmp_path):
         f"{path}, line 6: 'dataset' is missing or unusable, left out",
         f"{path}, line 7: 'value' is missing or unusable, left out",
         f"{path}, line 8: 'n' is missing or unusable, left out",
-        f"{path}, line 9: 'step' or 'task' is missing, left out",
+        f"{path}, line 9: 'task' is missing, left out",
     ]
     path.write_text("\n".join([good, *["x"] * 9, good]) + "\n")
     assert read(path)[1] == [f"{path}, lines 2, 3, 4 and 6 more: not a JSON object, left out"]
+
+
+def test_a_student_whose_format_keeps_no_step_is_there(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps(row(step=None)) + "\n")
+    values, notes = read(tmp_path / "results.jsonl")
+    assert [v.step for v in values] == [0] and not notes
 
 
 def test_the_teacher_of_several_runs_is_there_once(made):
