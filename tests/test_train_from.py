@@ -79,7 +79,7 @@ def test_a_converted_checkpoint_is_no_run_but_can_be_evaluated(tmp_path, cache):
     with pytest.raises(FileExistsError, match="holds a converted checkpoint, not a run"):
         run(tmp_path / "ours", cache)
     config = evaluate.EvaluateConfig(
-        str(tmp_path / "ours"), split="validation", num_examples=2, cache_dir=cache
+        str(tmp_path / "ours"), answering=evaluate.Answering(num_examples=2), cache_dir=cache
     )
     with pytest.raises(ValueError, match="MIXTURE_OR_TASK_NAME"):
         evaluate.evaluate(config)
