@@ -39,10 +39,10 @@ FLOORS = {
     "convert": 3,
     "export": 4,
     "t5x_adapter": 3,
-    "teacher": 3,
     "students": 5,
     "evaluate": 6,
     "predictor": 6,
+    "teacher": 6,
     "train": 7,  # It evaluates.
     "plan": 8,
     "study": 8,

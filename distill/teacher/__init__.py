@@ -1,0 +1,1 @@
+"""The teacher stage: asks a large language model for a rationale and a label of every input."""
