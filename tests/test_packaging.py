@@ -215,7 +215,7 @@ def test_constraints_are_inside_the_bounds():
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_gin_files_and_the_report_s_page(tmp_path):
+def test_wheel_holds_the_gin_files_the_prompts_and_the_report_s_page(tmp_path):
     import subprocess
     import sys
 
@@ -227,6 +227,8 @@ def test_wheel_holds_the_gin_files_and_the_report_s_page(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     page = [path for path in (ROOT / "distill/report").iterdir() if path.is_file()]
-    for path in [*FILES, *T5X_FILES, *page]:
+    teacher = sorted((ROOT / "distill/teacher/prompts").glob("*.toml"))
+    assert teacher
+    for path in [*FILES, *T5X_FILES, *page, *teacher]:
         assert str(path.relative_to(ROOT)) in names
     assert {"gin_configs/t5x/__init__.py", "tasks/__init__.py", "distill/configure.py"} <= names
