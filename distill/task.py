@@ -121,6 +121,7 @@ class _Dataset:
     remembered: sources.Source
     configured: sources.Source
     metric_fns: tuple[metrics.MetricFn, ...]
+    options: Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +200,8 @@ def register(
     forms = (*prompts.FORMS, *prompts.MIXTURES)
     _refuse_taken(name, [f"{name}_{form}{by}" for form in forms for by in prompts.LABELERS])
     once = sources.Remembered(source)
-    dataset = _Dataset(source, once, sources.configured(once, *metric_fns[:1]), tuple(metric_fns))
+    configured = sources.configured(once, *metric_fns[:1])
+    dataset = _Dataset(source, once, configured, tuple(metric_fns), options)
     features = {
         key: seqio.Feature(vocabulary().as_seqio(), add_eos=True, dtype=tf.int32)
         for key in ("inputs", "targets")
@@ -430,6 +432,17 @@ def dataset(name: str) -> sources.Source:
     if name not in _datasets:
         raise ValueError(_unknown("dataset", name, datasets()))
     return _datasets[name].source
+
+
+def judging(name: str) -> tuple[metrics.MetricFn, Options]:
+    """Returns the metric that says which labels of a dataset are right, and the labels there are.
+
+    Raises:
+      ValueError: the dataset is unknown.
+    """
+    dataset(name)
+    found = _datasets[name]
+    return (*found.metric_fns, metrics.label_accuracy)[0], found.options
 
 
 def population(task_name: str, split: str) -> list[str] | None:

@@ -21,7 +21,12 @@ rows, so that making one needs no data. Nothing here imports TensorFlow.
 
 from distill.sources.binding import Settings, already_bound, bind, checked, reset, settings
 from distill.sources.composed import OR, FirstOf, Remembered, WithPool
-from distill.sources.configuring import Configured, configured, repair_gains
+from distill.sources.configuring import (
+    Configured,
+    configured,
+    released_completions,
+    repair_gains,
+)
 from distill.sources.declared import Field, JsonLines, Tfds
 from distill.sources.jsonlines import BadLine, Line, LinesReport, read_json, read_json_lines
 from distill.sources.rationales import (
@@ -82,6 +87,7 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "read_store",
+    "released_completions",
     "repair_gains",
     "reset",
     "settings",

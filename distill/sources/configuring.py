@@ -70,14 +70,11 @@ def repair_gains(
       split: one of its splits.
       metric_fn: scores the teacher's labels, unless the layout has a `teacher_metric`.
     """
-    layout = source
-    while not isinstance(layout, ReleasedLayout):
-        if isinstance(layout, Configured) and settings().rationale_store:
-            return []  # The completions are not used.
-        layout = layout.first(split) if isinstance(layout, FirstOf) else layout
-        layout = getattr(layout, "source", layout)
-        if not isinstance(layout, ReleasedLayout | FirstOf) and not hasattr(layout, "source"):
-            return []
+    if isinstance(source, Configured) and settings().rationale_store:
+        return []  # The completions are not used.
+    layout = _released(source, split)
+    if layout is None:
+        return []
     taught, size = layout._taught(split)
     gains = []
     for count in range(len(layout.repairs) + 1):
@@ -90,3 +87,33 @@ def repair_gains(
             )
         )
     return gains
+
+
+def released_completions(source: Source, split: str) -> dict[str, str]:
+    """Returns id -> the raw completion that was released with a dataset.
+
+    Args:
+      source: a `ReleasedLayout`, or a source made of one.
+      split: one of its splits.
+
+    Raises:
+      ValueError: it is not made of one, or no completions are there for this split.
+    """
+    layout = _released(source, split)
+    found = layout.completions(split) if layout else {}
+    if not found:
+        raise ValueError(
+            f"no completions were released for {split} of this dataset: they would be in "
+            "<data folder>/<name>/llm/, see docs/tasks.md"
+        )
+    return found
+
+
+def _released(source: Source, split: str) -> ReleasedLayout | None:
+    """Returns the released layout that a source is made of; None where it is made of none."""
+    while not isinstance(source, ReleasedLayout):
+        source = source.first(split) if isinstance(source, FirstOf) else source
+        source = getattr(source, "source", source)
+        if not isinstance(source, ReleasedLayout | FirstOf) and not hasattr(source, "source"):
+            return None
+    return source

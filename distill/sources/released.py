@@ -73,10 +73,19 @@ class ReleasedLayout:
         stem = self._stem(split)
         return [str(p) for p in (self._path(stem), *self._shards(stem))]
 
+    def completions(self, split: str) -> dict[str, str]:
+        """Returns id -> the teacher's raw completion, for the rows of a split that have one."""
+        taught, _ = self._taught(split)
+        texts = {self._id(split, t): t.completion for t in taught if t.completion is not None}
+        return {row.id: texts[row.id] for row in self.rows(split) if row.id in texts}
+
+    def _id(self, split: str, taught: "_Taught") -> str:
+        return f"{self.name}/{self._stem(split)}/{taught.position}"
+
     def _rows(
         self, taught: "list[_Taught]", count: int, split: str, repairs: Sequence[Repair]
     ) -> list[Row]:
-        stem, rows = self._stem(split), {}
+        rows = {}
         for t in taught:
             answers = ()
             if t.completion is not None:
@@ -84,8 +93,7 @@ class ReleasedLayout:
                 for repair in repairs:
                     rationale, label = repair(t.completion, t.fields, rationale, label)
                 answers = (Answer(rationale or None, label or None),)
-            row_id = f"{self.name}/{stem}/{t.position}"
-            rows[t.position] = Row(row_id, t.input, t.label, answers)
+            rows[t.position] = Row(self._id(split, t), t.input, t.label, answers)
         return held_out(rows, count, split) if self.holdout else list(rows.values())
 
     def _taught(self, split: str) -> "tuple[list[_Taught], int]":
