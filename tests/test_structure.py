@@ -39,7 +39,7 @@ FLOORS = {
     "convert": 3,
     "export": 4,
     "t5x_adapter": 3,
-    "teacher": 3,
+    "teacher": 6,
     "students": 5,
     "evaluate": 6,
     "predictor": 6,
