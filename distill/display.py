@@ -29,6 +29,20 @@ def visible_lines(text: str) -> str:
     return "\n".join(map(visible, text.split("\n")))
 
 
+def clipped(text: str, most: int) -> str:
+    """Returns the start of a text, visible, of at most so many characters."""
+    text = visible(text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def shortened(text: str, most: int) -> str:
+    """Returns the start and the end of a text, about so many characters: not yet visible."""
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail]} […] {text[-tail:]}"
+
+
 def _visible_character(character: str) -> str:
     # False for all of Unicode's C* (control, format, surrogate, private, unassigned) and Z* (white
     # space) but the space.
@@ -118,7 +132,8 @@ def html_table(table: Table, left: Sequence[int] = (0,)) -> str:
 
     def cell(i: int, value: Cell, tag: str) -> str:
         if isinstance(value, Bar):
-            return f'<td class=bar><span style="width:{value.share:.2%}"></span></td>'
+            bar = f'<span style="width:{value.share:.2%}"></span>' if value.share else ""
+            return f"<td class=bar>{bar}</td>"
         return f"<{tag}{' class=l' if i in left else ''}>{escape(value)}</{tag}>"
 
     def row(cells: Sequence[Cell], tag: str) -> str:
@@ -194,7 +209,8 @@ th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(
 th { background: var(--raised); font-weight: 600; } th.l, td.l { text-align: left; }
 td { white-space: pre; }
 td.bar { width: 11rem; min-width: 5rem; }
-td.bar span { display: block; height: .75rem; background: var(--blue); border-radius: 2px; }
+td.bar span { display: block; height: .75rem; min-width: 1px; background: var(--blue);
+              border-radius: 2px; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .15rem 1rem; margin: .6rem 0; }
 dt { color: var(--soft); } dd { margin: 0; }
 img { max-width: 100%; height: auto; display: block; margin: .5rem 0; }

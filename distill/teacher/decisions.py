@@ -333,9 +333,13 @@ def contains_label(rationale: str, label: str) -> bool:
     equation is found as whole numbers, whatever the spacing, outer brackets and final zeros:
     `( 84.0 / 2.0 )` is in `so 84 / 2 = 42`, `4` is not.
 
-    Reasoning that ends in its answer contains it, so that for chain of thought this is no fault.
-    It tells how much a student could copy from the rationale, and whether an explanation that must
-    not give the label away (one that was written for the gold label, say) does.
+    Reasoning that ends in its answer contains it: for chain of thought this is no fault. Of the
+    released completions of PaLM-540B (Hsieh et al. 2023) that have a label, 73.0 % do in
+    CommonsenseQA's training rows, 82.3 % in SVAMP's, and none in e-SNLI's test rows
+    (tests/test_teacher_decisions.py counts them). It tells whether the label can be copied from the
+    rationale, as one that was written for a given label should not allow.
+
+    Of a text with more than 20,000 characters, words are sought in the start (`metrics.words`).
 
     Args:
       rationale: without what announces the label: the parser cuts before `The answer is`.
