@@ -63,7 +63,10 @@ setuptools.setup(
             "pytest>=8.4,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
+            "openai>=3.54,<4",
         ],
+        # A teacher behind an OpenAI-compatible endpoint.
+        "teacher": ["openai>=3.54,<4"],
         # Compares logits and exports with Hugging Face's T5.
         "parity": ["transformers>=5.20,<6", "torch==2.13.0"],
         # Checkpoints by their id on the Hugging Face hub.

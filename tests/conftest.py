@@ -1,5 +1,6 @@
 """Set-up of all tests: 8 CPU devices, strict ranks, and what may be skipped."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -64,3 +65,19 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"no shared folder at {path}; DISTILL_SHARED names another")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A running Chromium; needs the `browser` extra."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the `browser` extra")
+    spec = importlib.util.spec_from_file_location("shots", ROOT / "scripts/report_screenshots.py")
+    shots = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shots)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            browser = shots.launch(playwright)
+        except sync_api.Error as e:
+            pytest.skip(f"no Chromium: {e}")
+        yield browser
+        browser.close()

@@ -125,22 +125,6 @@ def test_only_what_a_mixture_has_is_in_its_table(corpus_of):
     assert config.feature_lengths is None
 
 
-@pytest.mark.parametrize("most", [1, 10, 40])
-def test_a_histogram_counts_every_value_once(most):
-    rng = np.random.default_rng(0)
-    for values in (
-        np.array([], int), np.array([0]), np.array([7, 7, 7]), np.array([3, 10**9]),
-        rng.integers(0, 2000, 500), rng.integers(95, 105, 50),
-    ):  # fmt: skip
-        edges, counts = inspection.histogram(values, most)
-        assert counts.sum() == len(values) and len(counts) == len(edges) - 1 <= most
-        widths = set(np.diff(edges))
-        assert len(widths) == 1 and re.fullmatch("[125]0*", str(widths.pop()))
-        np.testing.assert_array_equal(
-            counts, np.histogram(values, [*edges[:-1], edges[-1] - 0.5])[0]
-        )
-
-
 @pytest.mark.parametrize("size", [dict(batch_size=8), dict(batch_size=None, pairs_per_step=5)])
 def test_batches_are_those_of_an_epoch(corpus_of, monkeypatch, size):
     monkeypatch.setattr(data, "SHARD_PAIRS", 25)  # three shards

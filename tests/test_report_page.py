@@ -6,7 +6,6 @@ The tests in Chromium need Playwright (the `browser` extra) and skip without it.
 import base64
 import hashlib
 import html.parser
-import importlib.util
 import json
 import pathlib
 import re
@@ -153,21 +152,6 @@ def test_a_page_holds_at_most_so_many_examples_of_a_file(made):
 
 
 # --- In Chromium ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the `browser` extra")
-    spec = importlib.util.spec_from_file_location("shots", ROOT / "scripts/report_screenshots.py")
-    shots = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shots)
-    with sync_api.sync_playwright() as playwright:
-        try:
-            browser = shots.launch(playwright)
-        except sync_api.Error as e:
-            pytest.skip(f"no Chromium: {e}")
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import itertools
 import json
 import os
 import random
@@ -53,8 +54,8 @@ def to_requests(backend, asked, samples=1):
     ]  # fmt: skip
 
 
-def buy(base_url, path, asked, *, samples=1, pace=None, prices=purchase.Prices(), budget=None,
-        clock=limits.Clock(), **connection):  # fmt: skip
+def buy(base_url, path, asked, *, samples=1, pace=None, prices=purchase.Prices(),  # noqa: B008
+        budget=None, clock=limits.REAL_TIME, **connection):  # fmt: skip
     """Asks for what the store lacks; returns the outcome and the answers in the store."""
     config = endpoint.EndpointConfig(model="teacher", base_url=base_url, **connection)
 
@@ -130,9 +131,7 @@ def server_keys(base_url, asked):
     """Our key -> the server's key of the same request."""
     config = endpoint.EndpointConfig(model="teacher", base_url=base_url)
     backend = endpoint.Endpoint(config, PROMPT)
-    return {
-        r.key: teacher_server.request_key(backend.body(r)) for r in to_requests(backend, asked)
-    }
+    return {r.key: teacher_server.request_key(backend.body(r)) for r in to_requests(backend, asked)}
 
 
 def test_a_thousand_rows_under_faults_and_ten_kills(tmp_path):
@@ -164,8 +163,8 @@ def test_a_thousand_rows_under_faults_and_ten_kills(tmp_path):
     with Store(path, write=False) as store:
         kept = store.answers()
     # Nothing that was on the disk was lost, and every row is there.
-    for (_, before), (_, after) in zip(kills, [*kills[1:], (0, {a.key for a in kept})], strict=True):
-        assert before <= after
+    stages = [on_disk for _, on_disk in kills] + [{a.key for a in kept}]
+    assert all(before <= after for before, after in itertools.pairwise(stages))
     assert {a.key for a in kept} == set(theirs)
     # Nothing that was on the disk was bought again.
     for seen, on_disk in kills:

@@ -322,25 +322,6 @@ def describe_batches(batches: data.TrainBatches, flops: packing.Flops) -> Batchi
     )
 
 
-def histogram(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts values in bins of a round width.
-
-    Args:
-      values: whole numbers [n].
-      most: bins.
-
-    Returns:
-      (edges, counts), int [k + 1] and [k], k <= most: bin i holds edges[i] <= value < edges[i+1].
-    """
-    if not len(values):
-        return np.array([0, 1]), np.array([0])
-    low, high = int(np.min(values)), int(np.max(values))
-    widths = (m * 10**e for e in range(19) for m in (1, 2, 5))
-    width = next(w for w in widths if high // w - low // w < most)
-    edges = np.arange(low // width, high // width + 2) * width
-    return edges, np.bincount(np.asarray(values) // width - low // width, minlength=len(edges) - 1)
-
-
 # --- Tokens as text -------------------------------------------------------------------------------
 
 

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distill.display import escape, html_document, visible, visible_lines
+from distill.display import (
+    STYLE,
+    escape,
+    histogram,
+    html_document,
+    html_facts,
+    html_table,
+    visible,
+    visible_lines,
+)
 from distill.inspection.facts import (
     FEATURES,
     Batching,
@@ -16,10 +25,8 @@ from distill.inspection.facts import (
     TaskSummary,
     TeacherReport,
     Tokens,
-    histogram,
 )
 from distill.inspection.text import (
-    Table,
     batch_facts,
     details,
     example_title,
@@ -32,33 +39,16 @@ from distill.inspection.text import (
 )
 
 _COLOURS = {"label": "#2b6cb0", "rationale": "#b45309"}
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; background: #fff;
-       max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem;
-     border-bottom: 1px solid #cbd5e0; padding-bottom: .2rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
-p, dd { overflow-wrap: anywhere; } p.note { color: #4a5568; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid #e2e8f0; }
-th { background: #f7fafc; font-weight: 600; } th.l, td.l { text-align: left; }
-td { white-space: pre; }
-dl { display: grid; grid-template-columns: max-content auto; gap: .15rem 1rem; margin: .6rem 0; }
-dt { color: #4a5568; } dd { margin: 0; }
-img { max-width: 100%; height: auto; display: block; margin: .5rem 0; }
-.tokens { font: 13px/1.9 ui-monospace, monospace; margin: .1rem 0 .6rem; }
-.t { border: 1px solid #cbd5e0; border-radius: 3px; background: #f7fafc; padding: 0 .2em;
-     margin: 0 1px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.t.label { border-color: #2b6cb0; background: #e3effb; }
-.t.rationale { border-color: #b45309; background: #fdebd3; }
-.t.other { border-color: #6b46c1; background: #efe8fb; }
-.t.special { border-style: dashed; border-width: 2px; font-weight: 700; }
-.t.cut { opacity: .55; text-decoration: line-through; }
-.feature { color: #4a5568; font-size: .88rem; }
-.example { border: 1px solid #e2e8f0; border-radius: 6px; padding: .2rem 1rem .6rem;
-           margin: 1rem 0; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; padding: .5rem; }
+_STYLE = f"""{STYLE}
+.tokens {{ font: 13px/1.9 ui-monospace, monospace; margin: .1rem 0 .6rem; }}
+.t {{ border: 1px solid var(--line); border-radius: 3px; background: var(--raised); padding: 0 .2em;
+     margin: 0 1px; white-space: pre-wrap; overflow-wrap: anywhere; }}
+.t.label {{ border-color: var(--blue); background: var(--blueground); }}
+.t.rationale {{ border-color: var(--amber); background: var(--amberground); }}
+.t.other {{ border-color: var(--violet); background: var(--violetground); }}
+.t.special {{ border-style: dashed; border-width: 2px; font-weight: 700; }}
+.t.cut {{ opacity: .55; text-decoration: line-through; }}
+.feature {{ color: var(--soft); font-size: .88rem; }}
 """
 # No script and no request, whatever a row holds.
 _POLICY = "img-src data:; style-src 'unsafe-inline'"
@@ -72,16 +62,16 @@ def html_report(found: Inspection) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{rows:,} rows of {found.pairs:,} examples.</p>",
-        _html_facts(list(found.facts.items())),
+        html_facts(list(found.facts.items())),
         "<h2>Tasks</h2>",
-        _html_table(task_table(found.tasks), left=(0, 5)),
+        html_table(task_table(found.tasks), left=(0, 5)),
         "<p class=note>A row is one sequence; an example is what its sequences (predict, explain) "
         "share. <i>of dataset</i>: examples of its split. Of several rows for one example "
         "(<i>choices</i>), one is drawn per epoch.</p>",
     ]
     if found.teacher is not None:
         body += ["<h2>The teacher</h2>", _html_teacher(found.teacher)]
-    body += ["<h2>Lengths</h2>", _html_table(length_table(found.tasks), left=(0, 1))]
+    body += ["<h2>Lengths</h2>", html_table(length_table(found.tasks), left=(0, 1))]
     body += [_html_plot(t) for t in found.tasks if t.rows]
     if found.batching:
         body += ["<h2>Batches</h2>", _html_batches(found.batching)]
@@ -93,26 +83,6 @@ def html_report(found: Inspection) -> str:
     return html_document(title, "\n".join(body), style=_STYLE, policy=_POLICY)
 
 
-def _html_facts(facts: Sequence[tuple[str, str]]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in facts) + "</dl>"
-
-
-def _html_table(table: Table, left: Sequence[int] = (0,)) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        made = (
-            f"<{tag}{' class=l' if i in left else ''}>{escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr>{''.join(made)}</tr>"
-
-    header, rows = table
-    body = "\n".join(row(cells, "td") for cells in rows)
-    return (
-        f"<div class=wide><table>\n<thead>{row(header, 'th')}</thead>\n<tbody>{body}</tbody>\n"
-        "</table></div>"
-    )
-
-
 def _html_teacher(reports: Sequence[TeacherReport]) -> str:
     if not reports:
         return "<p>No dataset of this mixture was made by task.register.</p>"
@@ -120,7 +90,7 @@ def _html_teacher(reports: Sequence[TeacherReport]) -> str:
         f"<p>{escape(t.dataset)}: {escape(note)}</p>" for t in reports for note in t.report.notes
     )
     return (
-        _html_table(teacher_table(reports))
+        html_table(teacher_table(reports))
         + notes
         + "<p class=note><i>gold</i>: rows with a gold label. <i>parsed</i>, <i>unparsed</i>: rows "
         "with and without a teacher label. The accuracy is over the rows with a gold label that "
@@ -131,9 +101,9 @@ def _html_teacher(reports: Sequence[TeacherReport]) -> str:
 def _html_batches(b: Batching) -> str:
     best = " The first is used." if b.chosen else ""
     return (
-        _html_facts(batch_facts(b))
+        html_facts(batch_facts(b))
         + f"<h3>Row lengths that waste least, for batches of {escape(b.size)}</h3>"
-        + _html_table(proposal_table(b.proposals), left=())
+        + html_table(proposal_table(b.proposals), left=())
         + "<p class=note>In tokens; tried on a sample. The FLOPs factor is what is computed over "
         f"what the real tokens need; within 0.5 % of the least, the shortest is the best.{best}</p>"
     )

@@ -1,11 +1,10 @@
 """The report as text, and the tables that the page has too."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from distill import packing
-from distill.display import visible
+from distill.display import Table, histogram_table, percent, text_table, visible
 from distill.inspection.facts import (
     FEATURES,
     Batching,
@@ -15,12 +14,9 @@ from distill.inspection.facts import (
     TaskSummary,
     TeacherReport,
     Tokens,
-    histogram,
 )
 
 # --- Tables ---------------------------------------------------------------------------------------
-
-Table = tuple[Sequence[str], list[Sequence[str]]]  # header, rows
 
 
 def task_table(tasks: Sequence[TaskSummary]) -> Table:
@@ -57,7 +53,7 @@ def length_table(tasks: Sequence[TaskSummary]) -> Table:
             rows.append(
                 [t.name, feature, f"{n.mean:.1f}", f"{n.percentile(50):,}",
                  f"{n.percentile(95):,}", f"{n.longest:,}", f"{n.total:,}", f"{n.limit:,}",
-                 f"{n.truncated:,} ({_percent(share)})"]
+                 f"{n.truncated:,} ({percent(share)})"]
             )  # fmt: skip
     return header, rows
 
@@ -66,7 +62,7 @@ def proposal_table(proposals: Sequence[packing.Proposal]) -> Table:
     """Row lengths, what of them would be padding, and the FLOPs over those needed."""
     header = ["inputs", "targets", "padding of inputs", "padding of targets", "FLOPs factor"]
     return header, [
-        [f"{p.inputs:,}", f"{p.targets:,}", _percent(p.waste.inputs), _percent(p.waste.targets),
+        [f"{p.inputs:,}", f"{p.targets:,}", percent(p.waste.inputs), percent(p.waste.targets),
          f"{p.waste.flops:.3f}"]
         for p in proposals
     ]  # fmt: skip
@@ -97,15 +93,11 @@ def batch_facts(b: Batching) -> list[tuple[str, str]]:
         ("step", f"{b.examples / b.steps:,.1f} examples in {b.rows:,} rows of "
                  f"{inputs + targets:,} tokens, {b.tokens:,.0f} of them real"),
         ("epoch", f"{b.steps:,} steps for {b.examples:,} examples"),
-        ("padding", f"{_percent(b.waste.inputs)} of inputs, {_percent(b.waste.targets)} of "
+        ("padding", f"{percent(b.waste.inputs)} of inputs, {percent(b.waste.targets)} of "
                     f"targets, {b.waste.flops:.3f} x the FLOPs needed"),
         ("compute", f"{_flops(b.flops)} a step, {_flops(b.flops * b.steps)} an epoch "
                     "(forward and backward, padding included)"),
     ]  # fmt: skip
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}" if share == 0 or share >= 0.001 else "<0.1%"
 
 
 def _accuracy(value: float | None) -> str:
@@ -124,7 +116,6 @@ def _flops(value: float) -> str:
 _GROUP_COLOURS = {"label": "36", "rationale": "33"}  # cyan, yellow
 _DIM, _BOLD, _REVERSE = "2", "1", "7"
 _BINS = 10
-_BAR = 22
 
 
 def text_report(found: Inspection, *, colour: bool = False, width: int = 100) -> str:
@@ -139,8 +130,8 @@ def text_report(found: Inspection, *, colour: bool = False, width: int = 100) ->
     facts = "".join(f"\n{name}: {visible(value)}" for name, value in found.facts.items())
     parts = [
         f"{visible(found.name)}, {found.split}: {rows:,} rows of {found.pairs:,} examples{facts}",
-        _text_table(task_table(found.tasks), left=(0, 5)),
-        _text_table(length_table(found.tasks), left=(0, 1)),
+        text_table(task_table(found.tasks), left=(0, 5)),
+        text_table(length_table(found.tasks), left=(0, 1)),
         *(_text_histograms(t) for t in found.tasks if t.rows),
     ]
     if found.batching:
@@ -155,7 +146,7 @@ def teacher_text(reports: Sequence[TeacherReport]) -> str:
     """Returns what the teacher said, for a terminal."""
     if not reports:
         return "The teacher: no dataset of this mixture was made by task.register."
-    lines = ["The teacher:", _text_table(teacher_table(reports))]
+    lines = ["The teacher:", text_table(teacher_table(reports))]
     for t in reports:
         lines += [f"{visible(t.dataset)}: {visible(note)}" for note in t.report.notes]
     return "\n".join(lines)
@@ -165,46 +156,23 @@ def _paint(text: str, code: str | None, colour: bool) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if colour and code else text
 
 
-def _text_table(table: Table, left: Sequence[int] = (0,)) -> str:
-    header, rows = table
-    cells = [[visible(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
-
-
 def _text_histograms(task: TaskSummary) -> str:
     """Both histograms of a task, side by side."""
-    sides = [_bars(f"{f}, tokens", task.lengths[f].values) for f in FEATURES]
-    height, width = max(map(len, sides)), max(map(len, sides[0]))
-    sides = [side + [""] * (height - len(side)) for side in sides]
-    lines = [f"{a.ljust(width)}   {b}".rstrip() for a, b in zip(*sides, strict=True)]
+    sides = []
+    for feature in FEATURES:
+        table = histogram_table(
+            task.lengths[feature].values, _BINS, (f"{feature}, tokens", "rows", "")
+        )
+        sides.append(text_table(table, left=()).splitlines())
+    width = max(map(len, sides[0]))
+    lines = [
+        f"  {a.ljust(width)}   {b}".rstrip() for a, b in itertools.zip_longest(*sides, fillvalue="")
+    ]
     return "\n".join([f"{visible(task.name)}, rows by length:", *lines])
 
 
-def _bars(title: str, values: np.ndarray) -> list[str]:
-    edges, counts = histogram(values, _BINS)
-    names = [
-        f"{a:,}" if b - a == 1 else f"{a:,} - {b - 1:,}"
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
-    first, last = max(map(len, names)), len(f"{counts.max():,}")
-    lines = [f"  {title}"]
-    for name, count in zip(names, counts, strict=True):
-        eighths = -(-int(count) * _BAR * 8 // max(int(counts.max()), 1))
-        bar = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
-        lines.append(f"  {name:>{first}}  {count:>{last},}  {bar:<{_BAR}}")
-    return lines
-
-
 def _text_batches(b: Batching) -> str:
-    table = _text_table(proposal_table(b.proposals), left=()).splitlines()
+    table = text_table(proposal_table(b.proposals), left=()).splitlines()
     best = " (the first is used)" if b.chosen else ""
     facts = batch_facts(b)
     width = max(len(name) for name, _ in facts)

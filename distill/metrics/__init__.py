@@ -17,7 +17,7 @@ TensorFlow; docs/metrics.md is the guide.
 """
 
 from distill.metrics.answers import ANSWER_FORMS, answer, answer_target, rationale
-from distill.metrics.equations import equation_value
+from distill.metrics.equations import equation_value, plain_arithmetic
 from distill.metrics.labels import (
     allowed_labels,
     equation_accuracy,
@@ -93,6 +93,7 @@ __all__ = [
     "over_examples",
     "parse_failure",
     "per_class",
+    "plain_arithmetic",
     "rationale_consistency",
     "rouge_l",
     "same_label",

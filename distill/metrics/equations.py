@@ -17,6 +17,8 @@ _OPERATORS = {
     ast.Div: operator.truediv,
 }
 _BOOLEAN = re.compile(r"\b(?:and|or)\b")
+_SIGNS = str.maketrans("×·÷−–", "**/--", "$€£")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
 def equation_value(text: str, *, reference: bool = False) -> float | None:
@@ -65,6 +67,11 @@ def _value(node: ast.expr) -> float:
     if not abs(value) < _MAX_VALUE:
         raise ValueError("too large")
     return value
+
+
+def plain_arithmetic(text: str) -> str:
+    """Returns a text with the signs of `equation_value`: `$1,210 × 4` becomes `1210 * 4`."""
+    return _THOUSANDS.sub("", text.translate(_SIGNS))
 
 
 def same_value(a: float | None, b: float | None) -> bool:

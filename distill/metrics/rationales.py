@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from math import nan
 
-from distill.metrics.equations import equation_value
+from distill.metrics.equations import equation_value, plain_arithmetic
 from distill.metrics.labels import listed_choices, same_label
 from distill.metrics.statistics import Examples, mean_per_example
 from distill.metrics.texts import words
@@ -24,7 +24,6 @@ _LEAD = re.compile(r"^of (?:the|these)(?: above)? choices,?(?: only\b)?", re.I)
 # What is worked out, an equals sign, and the start of a number; bounded for the sake of time.
 _WORKED = re.compile(r"([-(\d.][-+*/(). \d]{0,100}?) {0,2}(?:=|\bis\b|\bequals\b) {0,2}-?\d")
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
-_SIGNS = str.maketrans("×·÷−–", "**/--", "$€£")
 _HEDGE = re.compile(
     r"\bnot (?:necessarily|always|clear|specified|related)\b|\b(?:could|may|might|possibl[ey])\b"
     r"|\b(?:does not|doesn['’]t|do not|don['’]t) (?:mean|imply|say|have to|need)\b",
@@ -78,7 +77,7 @@ def worked_equation(rationale: str, input: str = "") -> str | None:
     matter, as the label is the equation.
     """
     del input
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", rationale[-_MAX_CHARACTERS:].translate(_SIGNS))
+    text = plain_arithmetic(rationale[-_MAX_CHARACTERS:])
     for left in reversed(_WORKED.findall(text)):
         left = left.strip()
         # It may have begun before the equation: at a bracket, or in the sentence before.
@@ -91,7 +90,7 @@ def worked_equation(rationale: str, input: str = "") -> str | None:
 def last_number(rationale: str, input: str = "") -> str | None:
     """The last number of the text, without thousands commas: `8` of `9, then 4, then 8.`"""
     del input
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", rationale[-_MAX_CHARACTERS:].translate(_SIGNS))
+    text = plain_arithmetic(rationale[-_MAX_CHARACTERS:])
     found = _NUMBER.findall(text)
     return found[-1] if found else None
 

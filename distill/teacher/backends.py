@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from distill import decode, metrics, predictor, prompts
+from distill import decode, predictor
 from distill.teacher import prompting, store
 
 
@@ -173,9 +173,7 @@ class Replay:
                     "TEACHER=replay has one completion for each row: leave NUM_SAMPLES at 1 and "
                     "RATIONALISE at False"
                 )
-        return [
-            Reply(self._completions.get(request.row.id), "stop") for request in requests
-        ]
+        return [Reply(self._completions.get(request.row.id), "stop") for request in requests]
 
     async def close(self) -> None:
         pass

@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from distill import metrics, prompts, sources, task
+from distill import metrics, sources, task
 from distill.teacher import (
     backends,
     batch,
@@ -27,6 +27,7 @@ from distill.teacher import (
     prompting,
     purchase,
     report,
+    summary,
 )
 from distill.teacher import store as store_lib
 
@@ -132,7 +133,7 @@ class GenerateConfig:
         return path.with_name(path.name.removesuffix(".sqlite") + suffix)
 
 
-def generate(config: GenerateConfig) -> report.Report:
+def generate(config: GenerateConfig) -> summary.Report:
     """Asks a teacher about every row, and writes what a student can be trained on.
 
     Raises:
@@ -438,17 +439,17 @@ def _duration(seconds: float) -> str:
 # --- What becomes of it ---------------------------------------------------------------------------
 
 
-def _conclude(config, store, rows, answered, metric_fn, options) -> report.Report:
+def _conclude(config, store, rows, answered, metric_fn, options) -> summary.Report:
     """Decides about every answer of this run, and writes what training and people read."""
     answers = [answer for answer in store.answers() if answer.key in answered]
     decided = decisions.decide(rows, answers, config.policy, metric_fn, options)
     store.decide(decided)
     output = config.beside(".jsonl", config.output)
     sources.write_store(output, list(records(rows, answers, decided, config.weight_by_confidence)))
-    found = report.summary(rows, answers, decided)
+    found = summary.summary(rows, answers, decided)
     page = config.beside(".html", config.report)
     page.write_text(report.html_page(found))
-    print(report.text(found))
+    print(report.text(found, examples=1))
     kept = sum(decision.kept for decision in decided)
     print(f"\n{kept} of {len(decided)} answers kept. For training:")
     print(f"  --gin.RATIONALE_STORE={output}")

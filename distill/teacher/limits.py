@@ -21,13 +21,16 @@ class Clock:
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
 
+REAL_TIME = Clock()
+
+
 class Rate:
     """At most so much a minute, requests or tokens: a bucket that fills evenly.
 
     Bursts are a second's worth, since providers count over shorter times than they say.
     """
 
-    def __init__(self, per_minute: float | None, clock: Clock = Clock()):
+    def __init__(self, per_minute: float | None, clock: Clock = REAL_TIME):
         self._per_second = per_minute / 60 if per_minute else None
         self._clock = clock
         self._free_at = clock.now()  # when everything that was taken is paid back
@@ -57,7 +60,7 @@ class Concurrency:
     counts. The very first request goes alone: a wrong key costs one call, not one for each place.
     """
 
-    def __init__(self, most: int, clock: Clock = Clock()):
+    def __init__(self, most: int, clock: Clock = REAL_TIME):
         self.most = most
         self.limit = 1.0
         self._first = True
@@ -154,7 +157,10 @@ class Breaker:
     """
 
     def __init__(
-        self, after: int = 20, pauses: tuple[float, ...] = (5, 15, 60, 180), clock: Clock = Clock()
+        self,
+        after: int = 20,
+        pauses: tuple[float, ...] = (5, 15, 60, 180),
+        clock: Clock = REAL_TIME,
     ):
         self.after, self.pauses = after, pauses
         self._clock = clock

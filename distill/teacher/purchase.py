@@ -193,7 +193,7 @@ async def buy(
     prices: Prices = Prices(),
     budget: limits.Budget | None = None,
     progress: Callable[[store.Bought], None] | None = None,
-    clock: limits.Clock = limits.Clock(),
+    clock: limits.Clock = limits.REAL_TIME,
     seed: int | None = None,
 ) -> Outcome:
     """Asks for answers until all are there, or something ends it.

@@ -193,8 +193,8 @@ def _column(field: str) -> str:
 class Store:
     """The answers in one SQLite file, open for one writer and any number of readers.
 
-        with Store("/tmp/svamp.sqlite") as store:
-            store.add([bought])
+    with Store("/tmp/svamp.sqlite") as store:
+        store.add([bought])
     """
 
     def __init__(self, path: epath.PathLike, *, write: bool = True):
@@ -425,9 +425,7 @@ _MARK = "\u0001json:"
 
 
 def _storable(value: Any) -> Any:
-    if isinstance(value, str) and (
-        "\0" in value or value.startswith(_MARK) or not _is_utf8(value)
-    ):
+    if isinstance(value, str) and ("\0" in value or value.startswith(_MARK) or not _is_utf8(value)):
         return _MARK + json.dumps(value)
     return value
 

@@ -91,7 +91,9 @@ def main(argv):
     prompt = prompting.load("arithmetic")
     texts = [f"Ann has 7 nuts, gets 2, eats 5, gets {n}." for n in range(_ROWS.value)]
     rows = [
-        store.Asked(f"arithmetic/{n}", "arithmetic", "train", text, sources.input_sha256(text), None)
+        store.Asked(
+            f"arithmetic/{n}", "arithmetic", "train", text, sources.input_sha256(text), None
+        )
         for n, text in enumerate(texts)
     ]
     bare_messages = {
@@ -116,7 +118,9 @@ def main(argv):
     for name, speeds in measured.items():
         ratios = [b / a for a, b in zip(speeds, measured["ours"], strict=True)]
         beside = f"   ours x {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        print(f"{name:<6}{statistics.median(speeds):>6.0f} rows/s{beside if name != 'ours' else ''}")
+        print(
+            f"{name:<6}{statistics.median(speeds):>6.0f} rows/s{beside if name != 'ours' else ''}"
+        )
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(measured))
 
