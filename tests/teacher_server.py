@@ -646,7 +646,7 @@ async def serve(settings: Settings, port: int, log: str | None, with_stdin: bool
     print(json.dumps(about), flush=True)
     ended = asyncio.Event()
     if with_stdin:
-        pass
+        loop.add_reader(sys.stdin, ended.set)
     await ended.wait()
 
 
