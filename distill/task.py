@@ -445,6 +445,24 @@ def judging(name: str) -> tuple[metrics.MetricFn, Options]:
     return (*found.metric_fns, metrics.label_accuracy)[0], found.options
 
 
+def datasets_of(name: str) -> dict[str, str | None]:
+    """Returns the datasets behind a task or mixture, in order; reads no data.
+
+    Returns:
+      dataset -> itself; for a SeqIO task that `register` did not make, the task -> None.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    provider = lookup(name)
+    members = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
+    found = [_registered.get(member.name) for member in members]
+    return {
+        ours.dataset if ours else member.name: ours.dataset if ours else None
+        for ours, member in zip(found, members, strict=True)
+    }
+
+
 def population(task_name: str, split: str) -> list[str] | None:
     """Returns the ids of all rows of the split of a task's dataset, in order.
 

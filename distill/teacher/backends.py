@@ -145,13 +145,15 @@ class Scripted:
         digest = hashlib.sha256(identity.encode()).digest()
         luck, place = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))
         errs = luck < self.parameters["error_rate"] and request.given_label is None
-        wrong, slip = divmod(int(place * 9 * len(changes)), 9)
         amounts, amount = [], int(start[1])
-        for i, (verb, change) in enumerate(changes):
+        for verb, change in changes:
             amount += int(change) if verb == "gets" else -int(change)
-            if errs and i == wrong:
-                amount = (amount + slip + 1) % 10
-            amounts.append(str(amount))
+            amounts.append(amount)
+        if errs:
+            # One sum is off, and with it all that follow; amounts stay the digits that they are.
+            wrong, slip = divmod(int(place * 9 * len(changes)), 9)
+            amounts[wrong:] = [(amount + slip + 1) % 10 for amount in amounts[wrong:]]
+        amounts = list(map(str, amounts))
         return self._prompt.complete(", then ".join(amounts) + ".", amounts[-1], text)
 
 

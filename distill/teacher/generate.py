@@ -192,12 +192,10 @@ def read_rows(
     task.bind(data_dir=config.data_dir, max_bad_rows=config.max_bad_rows)
     task.import_module(config.mixture_or_task_module)
     name = config.mixture_or_task_name
-    known = {dataset: dataset for dataset in task.datasets()}
-    if name not in known and config.input_file is None:
-        members = task.describe(name, split=config.split).members
-        known = {m.dataset or m.name: m.dataset for m in members}
+    if config.input_file is not None or name in task.datasets():
+        known = {name: name if name in task.datasets() else None}
     else:
-        known = {name: known.get(name)}
+        known = task.datasets_of(name)
     if len(known) > 1:
         raise ValueError(
             f"{name} is of several datasets: {', '.join(known)}. Ask about one at a time: each has "
@@ -207,7 +205,12 @@ def read_rows(
     if config.input_file is not None:
         rows = _rows_of_file(config, dataset)
     elif ours:
-        rows = [(r.id, r.input, r.label) for r in task.dataset(ours).rows(config.split)]
+        source = task.dataset(ours)
+        if config.split not in source.splits:
+            raise ValueError(
+                f"{ours} has no split {config.split!r}; it has {', '.join(source.splits)}"
+            )
+        rows = [(r.id, r.input, r.label) for r in source.rows(config.split)]
     else:
         rows = [
             (row["example_id"], row["inputs_pretokenized"], row["label"] or None)
