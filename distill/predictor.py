@@ -89,14 +89,17 @@ class Predictor:
         return self.form == "predict" or prompts.FORMS[self.form].answer_form != "label"
 
     def __call__(
-        self, inputs: Sequence[str], *, explain: bool = False, options: Sequence[str] | None = None
-    ) -> list[Answer]:
+        self, inputs: Sequence[str], *, explain: bool = False,
+        options: Sequence[str] | None = None,
+        decoding: decode.Decoding = decode.Decoding(),  # noqa: B008 (frozen)
+    ) -> list[Answer]:  # fmt: skip
         """Answers each input, in order.
 
         Args:
           inputs: texts, without a prompt.
           explain: ask for the reasons as well.
           options: labels to choose from by their likelihood; None = what the student writes.
+          decoding: how it writes; of several answers the first is taken.
 
         Raises:
           ValueError: an input is empty, the student was not trained to explain, or it cannot choose
@@ -120,7 +123,7 @@ class Predictor:
             answers = [_chosen(options, log_probs) for log_probs in scores]
         else:
             length = LABEL_LENGTH if form.answer_form == "label" else self.student.limit("targets")
-            texts, log_probs = self._write(asked, length)
+            texts, log_probs = self._write(asked, length, decoding)
             answers = [
                 Answer(
                     metrics.answer(text, form.answer_form), math.exp(log_prob),
@@ -130,7 +133,7 @@ class Predictor:
             ]  # fmt: skip
         if explain and form.answer_form == "label":
             reasons = self._tokens(prompts.EXPLAIN, inputs)
-            texts, _ = self._write(reasons, self.student.limit("targets"))
+            texts, _ = self._write(reasons, self.student.limit("targets"), decoding)
             answers = [
                 dataclasses.replace(answer, rationale=text)
                 for answer, text in zip(answers, texts, strict=True)
@@ -141,9 +144,11 @@ class Predictor:
         encode = self.student.vocabulary.encode_input
         return [np.array(encode(prefix + text), np.int32) for text in inputs]
 
-    def _write(self, asked: Sequence[np.ndarray], length: int) -> tuple[list[str], list[float]]:
+    def _write(
+        self, asked: Sequence[np.ndarray], length: int, decoding: decode.Decoding
+    ) -> tuple[list[str], list[float]]:
         generated = self.student.answer(
-            asked, decode.Decoding(), max_length=length, batch_size=self.batch_size
+            asked, decoding, max_length=length, batch_size=self.batch_size
         )
         texts = [texts[0] for texts in self.student.texts(generated)]
         return texts, [log_probs[0] for log_probs in generated.log_probs]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from distill import metrics, sources, task
-from distill.teacher import decisions, endpoint, generate, purchase
+from distill.teacher import decisions, endpoint, generate, prompting, purchase
 from distill.teacher.store import Store
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -256,6 +256,43 @@ def test_replay_reproduces_the_published_teacher(tmp_path, shared, dataset, spli
     assert metric_fn(gold, [label or "" for label in said])["accuracy"] == pytest.approx(
         accuracy, abs=6e-7
     )
+
+
+# --- A student as teacher -------------------------------------------------------------------------
+
+
+def test_a_checkpoint_teaches_what_it_predicts(tmp_path):
+    from test_evaluate import save
+
+    from distill import predictor
+
+    save(tmp_path / "run", 1, 0, mixture="arithmetic_step_by_step")
+    settings = dict(teacher="checkpoint", num_examples=6)
+    model = str(tmp_path / "run")
+    generate.generate(config(tmp_path, **settings, connection=endpoint.EndpointConfig(model=model)))
+    rows = task.dataset("arithmetic").rows("train")[:6]
+    said = predictor.Predictor(model)([row.input for row in rows], explain=True)
+    with Store(tmp_path / "s.sqlite", write=False) as store:
+        answers = {answer.input_sha256: answer for answer in store.answers()}
+    prompt = prompting.load("arithmetic")
+    for row, answer in zip(rows, said, strict=True):
+        bought = answers[sources.input_sha256(row.input)]
+        text = prompt.complete(answer.rationale, answer.label, row.input)
+        assert bought.text == text
+        assert bought.provider == "checkpoint" and bought.tokens == 0
+    # Samples are answers of their own, and another temperature another teacher.
+    generate.generate(
+        config(tmp_path, **settings, num_samples=2,
+               connection=endpoint.EndpointConfig(model=model, temperature=1.5))
+    )  # fmt: skip
+    with Store(tmp_path / "s.sqlite", write=False) as store:
+        assert len(store.answers()) == 18
+    save(tmp_path / "plain", 1, 0, mixture="arithmetic_label")
+    with pytest.raises(ValueError, match="trained on labels alone"):
+        generate.generate(
+            config(tmp_path, **settings,
+                   connection=endpoint.EndpointConfig(model=str(tmp_path / "plain")))
+        )  # fmt: skip
 
 
 # --- An endpoint ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from test_evaluate import run as run  # the fixture: a run with five checkpoints
 from test_evaluate import save
 
 import distill
-from distill import metrics, predictor, prompts, students
+from distill import decode, metrics, predictor, prompts, students
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "infer.py"
 TEXTS = [f"Ann has {n} nuts, gets {n % 3}." for n in range(40)]
@@ -61,6 +61,14 @@ def test_answers_do_not_depend_on_the_company(student):
 def test_options_are_chosen_by_likelihood(student):
     for answer in student(TEXTS[:5], options=["yes", "no", "perhaps"]):
         assert answer.label in ("yes", "no", "perhaps") and 1 / 3 <= answer.probability <= 1
+
+
+def test_samples_differ_by_seed_and_greedy_answers_do_not(student):
+    def said(seed):
+        how = decode.Decoding("sample", temperature=2.0, seed=seed)
+        return [a.label for a in student(TEXTS[:4], decoding=how)]
+
+    assert said(0) == said(0) != said(1)
 
 
 def test_forms(tmp_path):
