@@ -154,6 +154,12 @@ def test_confidences_against_numpy():
     made = report.summary(*run(samples=1))
     assert made.confidences == () and "agreement" not in made.total.accuracy
     assert "Agreement" not in report.text(made)
+    assert "of votes are right" not in report.html_page(made)
+    rows, answers = [asked(gold="a")], [bought(sample=i, label="a") for i in range(2)]
+    made = report.summary(rows, answers, decide(rows, answers, Policy()))
+    assert "of votes are right" in report.html_page(made)
+    said = report.text(made)  # with confidences that there are
+    assert "1: all agree" in said and "≤ 0.2" not in said
 
 
 def test_lengths_leaks_and_usage_against_numpy():
