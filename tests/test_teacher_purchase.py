@@ -338,6 +338,37 @@ def test_a_signal_keeps_what_was_paid(tmp_path):
         assert len(store.answers()) == bought == sold
 
 
+@pytest.mark.parametrize("heals", [True, False])
+def test_a_full_disk_stops_buying_and_is_tried_again(tmp_path, heals):
+    """SQLite has no page left; where there is room again in time, nothing is lost."""
+    with teacher_server.start(tmp_path / "log.jsonl") as server, Store(tmp_path / "s") as store:
+        config = endpoint.EndpointConfig(model="teacher", base_url=server.base_url)
+        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count = {pages + 5}")
+
+        async def run():
+            backend = endpoint.Endpoint(config, PROMPT)
+            if heals:
+                asyncio.get_running_loop().call_later(
+                    2.0, store._db.execute, "PRAGMA max_page_count = 1000000"
+                )
+            try:
+                return await purchase.buy(
+                    backend, to_requests(backend, rows(2_000)), store, prompt=PROMPT,
+                    parameters="{}", sizes=lambda r: purchase.Size(1, 1),
+                    pace=purchase.Pace(concurrency=8),
+                )  # fmt: skip
+            finally:
+                await backend.close()
+
+        outcome = asyncio.run(asyncio.wait_for(run(), 60))
+        sold = len(server.answers())
+        assert sold < 1_000
+        assert "cannot be written: database or disk is full" in outcome.stopped
+        assert len(store.answers()) == outcome.bought
+        assert (outcome.bought == sold) == heals == ("lost" not in outcome.stopped)
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_hostile_texts_are_classified(name):
     """As `teacher_texts` expects, but that what is too long is so earlier here."""

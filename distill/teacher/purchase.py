@@ -14,6 +14,7 @@ import functools
 import random
 import re
 import signal
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
@@ -22,6 +23,7 @@ from distill.teacher.backends import Backend, Failed, Hopeless, Reply, Request
 
 MAX_TEXT = 20_000  # characters of a completion that are kept; more is `oversize`
 _GROUP_SECONDS = 0.05  # between two commits
+_PATIENCE = 20  # refusals of the disk, over about 10 s
 _SAME_FAULT = 10  # requests that are turned down before one was answered
 _APOLOGY = re.compile(
     r"\s*(I[’']?m|I am)?\s*(very |really )?(sorry|unable to|not able to)\b"
@@ -380,13 +382,25 @@ class _Round:
 
     async def _write(self) -> None:
         """Commits what came in groups, until nothing comes any more."""
+        refusals = 0
         while True:
             over = self.stop.is_set() and self._idle()
             answers, self.waiting = self.waiting, []
             failures, self.failures = self.failures, []
             if answers or failures:
                 began = time.monotonic()
-                await asyncio.to_thread(self.into.add, answers, failures)
+                try:
+                    await asyncio.to_thread(self.into.add, answers, failures)
+                except sqlite3.Error as e:
+                    # Such as a full disk: nothing more is bought, and what is paid is tried again.
+                    self._end(f"the store cannot be written: {e}")
+                    refusals += 1
+                    if refusals > _PATIENCE:
+                        self.outcome.stopped += f"; {len(answers)} answers that came are lost"
+                        return
+                    self.waiting[:0], self.failures[:0] = answers, failures
+                    await asyncio.sleep(_GROUP_SECONDS * refusals)
+                    continue
                 for answer in answers:
                     given_up = answer.cls in ("transport", "malformed")
                     self.outcome.given_up += given_up
