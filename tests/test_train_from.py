@@ -42,9 +42,10 @@ def test_starts_from_t5x_with_its_second_moments_and_from_hugging_face_without(t
     params = t5.init_params(model, jax.random.key(1))
     tx = optim.Adafactor().build(3)
     state = tx.init(params)
+    update = jax.jit(tx.update)
     for seed in range(3):
         grads = jax.tree.map(lambda x, s=seed: 1e-3 * jnp.cos(x * (s + 1) * 1e3), params)
-        _, state = tx.update(grads, state, params)
+        _, state = update(grads, state, params)
     with checkpoints.Checkpointer(tmp_path / "ours") as saver:
         metadata = {"model": dataclasses.asdict(model), "step": 3}
         saver.save(3, {"params": params, "opt_state": state}, metadata)
