@@ -43,9 +43,9 @@ from distill import (
     configure,
     convert,
     decode,
-    evaluate,
     export,
     partitioning,
+    students,
     t5,
     train,
 )  # fmt: skip
@@ -209,7 +209,7 @@ def trained_student() -> tuple[dict, t5.T5Config]:
     config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=1), jax.devices()[:1])
     params, _ = checkpoints.restore(
-        folder, evaluate.abstract_params(t5.T5(config), mesh), subtree="params"
+        folder, students.abstract_params(t5.T5(config), mesh), subtree="params"
     )
     return params, config
 
