@@ -27,6 +27,7 @@ from distill import (
     metrics,
     partitioning,
     results,
+    scoring,
     students,
     t5,
 )
@@ -79,7 +80,7 @@ def run(tmp_path_factory):
 
 
 def config(path, rows, output=None, number=8, answering=None, **settings):
-    how = answering or evaluate.Answering(num_examples=number)
+    how = answering or scoring.Answering(num_examples=number)
     return evaluate.EvaluateConfig(
         str(path), cache_dir=rows, eval_output_dir=output and str(output), answering=how, **settings
     )
@@ -187,7 +188,7 @@ def test_settings_are_checked():
         (dict(by="likelihood", decoding=decode.Decoding("beam")), "DECODER has no effect"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.Answering(**settings)
+            scoring.Answering(**settings)
 
 
 # --- Nothing twice --------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(run, rows, tmp_path, capsys):
 
     again = evaluate.evaluate(config(run, rows, output, **everything))
     assert computed(capsys) == 15 - there
-    assert evaluate.table(again) == evaluate.table(whole)
+    assert scoring.table(again) == scoring.table(whole)
     assert again == whole
     evaluate.evaluate(config(run, rows, output, **everything))
     assert computed(capsys) == 0
@@ -236,23 +237,23 @@ def test_what_changed_is_computed_anew(run, rows, tmp_path, capsys):
     for change in (
         dict(number=9),
         dict(split="test"),
-        dict(answering=evaluate.Answering(decode.Decoding("beam", beam_size=2), num_examples=8)),
-        dict(answering=evaluate.Answering(explain=True, num_examples=8)),
+        dict(answering=scoring.Answering(decode.Decoding("beam", beam_size=2), num_examples=8)),
+        dict(answering=scoring.Answering(explain=True, num_examples=8)),
     ):
         evaluate.evaluate(config(folder, rows, **change))
         assert computed(capsys) == 1, change
-    evaluate.evaluate(config(folder, rows, answering=evaluate.Answering(
+    evaluate.evaluate(config(folder, rows, answering=scoring.Answering(
         explain=True, num_examples=8, batch_size=3)))  # fmt: skip
     assert computed(capsys) == 0  # the batch size changes no result
     save(other := tmp_path / "other", 1, 1)
     (folder / "checkpoint_1").rename(tmp_path / "old")
     (other / "checkpoint_1").rename(folder / "checkpoint_1")
-    evaluate.evaluate(config(folder, rows, answering=evaluate.Answering(
+    evaluate.evaluate(config(folder, rows, answering=scoring.Answering(
         explain=True, num_examples=8)))  # fmt: skip
     assert computed(capsys) == 1
     (file,) = folder.glob("inference_eval/validation/arithmetic_predict-000001.jsonl")
     file.unlink()
-    evaluate.evaluate(config(folder, rows, answering=evaluate.Answering(
+    evaluate.evaluate(config(folder, rows, answering=scoring.Answering(
         explain=True, num_examples=8)))  # fmt: skip
     assert computed(capsys) == 1 and file.exists()
 
@@ -335,7 +336,7 @@ def test_one_damaged_checkpoint_does_not_hide_the_others(tmp_path, rows, capsys)
 
 
 def test_results_tell_all_about_an_evaluation(run, rows, tmp_path):
-    how = evaluate.Answering(num_examples=12, explain=True)
+    how = scoring.Answering(num_examples=12, explain=True)
     ((name, score),) = evaluate.evaluate(
         config(run, rows, tmp_path, mixture_or_task_name="arithmetic_noisy", answering=how)
     )
@@ -363,7 +364,7 @@ def test_results_tell_all_about_an_evaluation(run, rows, tmp_path):
 
 
 def test_choosing_by_likelihood(run, rows, tmp_path):
-    how = evaluate.Answering(by="likelihood", num_examples=6)
+    how = scoring.Answering(by="likelihood", num_examples=6)
     evaluate.evaluate(config(run, rows, tmp_path, mixture_or_task_name="arithmetic", answering=how))
     found = predictions(tmp_path, "arithmetic_predict-likelihood-000050.jsonl")
     student = students.load(*students.find(str(run)))
@@ -399,12 +400,12 @@ def test_choosing_by_likelihood(run, rows, tmp_path):
     ],
 )
 def test_votes(answers, expected):
-    assert evaluate.vote(answers) == expected
+    assert scoring.vote(answers) == expected
 
 
 def test_samples_vote(run, rows, tmp_path):
     decoding = decode.Decoding("sample", num_samples=5, temperature=0.5, seed=3)
-    how = evaluate.Answering(decoding, num_examples=4)
+    how = scoring.Answering(decoding, num_examples=4)
     settings = dict(mixture_or_task_name="arithmetic", answering=how)
     evaluate.evaluate(config(run, rows, tmp_path, **settings))
     found = predictions(tmp_path, f"arithmetic_predict-{decoding.name}-000050.jsonl")
@@ -479,7 +480,7 @@ def test_the_answer_in_the_text_is_scored(
 ):
     generated = ["It rains. So the answer is yes", "It rains and so on and no"]
     student, asked = fixed_student(monkeypatch, generated)
-    (score,) = evaluate.score_tasks(student, toy(tmp_path, form, {}))
+    (score,) = scoring.score_tasks(student, toy(tmp_path, form, {}))
     assert (score.values["accuracy"], asked[0][1]) == (accuracy, length)
     assert [p["generated"] for p in score.predictions] == generated
     assert [p["rationale"] for p in score.predictions] == rationales
@@ -492,7 +493,7 @@ def test_the_answer_in_the_text_is_scored(
 def test_inputs_are_cut_where_the_student_was_trained(monkeypatch, tmp_path, trained, kept):
     student, asked = fixed_student(monkeypatch, ["yes", "no"], {"inputs": trained, "targets": 32})
     corpus = toy(tmp_path, "label", {"inputs": np.append(np.full(1999, 5), 1)})
-    assert evaluate.score_tasks(student, corpus)[0].values["accuracy"] == 1
+    assert scoring.score_tasks(student, corpus)[0].values["accuracy"] == 1
     assert [len(x) for x in asked[0][0]] == [kept] * 2 and asked[0][0][0][-1] == 1
 
 
@@ -508,11 +509,9 @@ def test_a_host_encodes_inputs_as_the_tasks_do(run, rows):
 def test_the_table_has_a_column_a_dataset():
     def score(dataset, value):
         estimate = metrics.Estimate(value, 10, 0.1, value - 0.1, value + 0.1)
-        return evaluate.Score("t", dataset, "test", "greedy", 10, {"accuracy": estimate})
+        return scoring.Score("t", dataset, "test", "greedy", 10, {"accuracy": estimate})
 
-    text = evaluate.table(
-        [("a", score("x", 0.5)), ("a", score("y", 0.25)), ("b", score("x", 0.75))]
-    )
+    text = scoring.table([("a", score("x", 0.5)), ("a", score("y", 0.25)), ("b", score("x", 0.75))])
     header, first, second = text.splitlines()
     assert header.split("  ")[0] == "checkpoint" and "x test, accuracy (n = 10)" in header
     assert "0.5000 [0.4000, 0.6000]" in first and "0.2500 [0.1500, 0.3500]" in first
@@ -537,9 +536,9 @@ def test_students_are_sharded_over_all_devices(run):
 def test_two_tasks_of_a_dataset_have_two_columns():
     def score(task, value):
         estimate = metrics.Estimate(value, 10, 0.1, value, value)
-        return evaluate.Score(task, "x", "test", "greedy", 10, {"accuracy": estimate})
+        return scoring.Score(task, "x", "test", "greedy", 10, {"accuracy": estimate})
 
-    text = evaluate.table([("a", score("x_predict", 0.5)), ("a", score("x_label", 0.25))])
+    text = scoring.table([("a", score("x_predict", 0.5)), ("a", score("x_label", 0.25))])
     assert "x_predict test" in text and "x_label test" in text
     assert "0.5000" in text and "0.2500" in text
 

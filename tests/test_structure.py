@@ -41,9 +41,10 @@ FLOORS = {
     "t5x_adapter": 3,
     "teacher": 3,
     "students": 5,
-    "evaluate": 6,
+    "scoring": 6,
     "predictor": 6,
-    "train": 7,  # It evaluates.
+    "evaluate": 7,
+    "train": 7,
     "plan": 8,
     "study": 8,
     "report": 8,
