@@ -273,11 +273,11 @@ def _compute(
                 computed.add(unit.key)
                 done += 1
                 if is_writer:
-                    scoring.keep(
-                        unit.folder, unit.predictions, unit.key, found, unit.checkpoint, unit.task
-                    )
                     step = unit.checkpoint.step or 0
                     writers[unit.folder].write(unit.kind, step, found.scalars)
+                    scoring.keep(  # last: it says that all is there
+                        unit.folder, unit.predictions, unit.key, found, unit.checkpoint, unit.task
+                    )
                     speed = seen / (time.monotonic() - started)
                     left = datetime.timedelta(seconds=round((rows - seen) / speed))
                     bar.write(

@@ -325,7 +325,9 @@ def keep(
     folder: epath.Path, predictions: str, key: str, found: Score,
     checkpoint: students.Checkpoint, task: cache.TaskRows, *, most: int | None = None,
 ) -> None:  # fmt: skip
-    """Writes what was found into a folder of results; predictions first, so that it is whole.
+    """Writes what was found into a folder of results.
+
+    The lines of the result come last: whoever finds them finds the rest, whenever this ends.
 
     Args:
       folder: of `results.jsonl`.
@@ -336,20 +338,18 @@ def keep(
       task: its rows.
       most: predictions to keep; None = all.
     """
-    results.write_lines(folder / predictions, found.predictions[:most])
+    results.write_lines(folder / predictions, ({**p, "key": key} for p in found.predictions[:most]))
+    stem = predictions.removesuffix(".jsonl")
+    if checkpoint.step is not None:
+        stem = stem.rpartition("-")[0]
+    line = {"step": checkpoint.step or 0, "n": found.n, **found.scalars}
+    # As T5X's; of several lines of a step the last holds.
+    results.append(folder / f"{stem}-metrics.jsonl", json.dumps(results.finite(line)) + "\n")
     store = results.Store(folder)
-    store.add(_lines_of_checkpoint(found, checkpoint, key, predictions))
     taught = _teacher_lines(task, found)
     if taught and all(line.get("key") != taught[0]["key"] for line in store.lines()):
         store.add(taught)
-    step, stem = checkpoint.step or 0, predictions.removesuffix(".jsonl")
-    if checkpoint.step is not None:
-        stem = stem.rpartition("-")[0]
-    path = folder / f"{stem}-metrics.jsonl"  # as T5X's
-    kept = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-    kept = [line for line in kept if line["step"] != step]
-    kept.append({"step": step, "n": found.n, **found.scalars})
-    results.write_lines(path, sorted(kept, key=lambda line: line["step"]))
+    store.add(_lines_of_checkpoint(found, checkpoint, key, predictions))
 
 
 def _lines_of_checkpoint(

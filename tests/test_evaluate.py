@@ -258,6 +258,50 @@ def test_what_changed_is_computed_anew(run, rows, tmp_path, capsys):
     assert computed(capsys) == 1 and file.exists()
 
 
+def test_predictions_of_another_evaluation_are_not_taken_for_a_results_own(
+    run, rows, tmp_path, monkeypatch, capsys
+):
+    """One that dies between its predictions and its result leaves another's result without."""
+    evaluate.evaluate(config(run, rows, tmp_path, number=8))
+
+    def killed(store, lines):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(results.Store, "add", killed)
+        evaluate.evaluate(config(run, rows, tmp_path, number=4))
+    assert len(predictions(tmp_path, "arithmetic_predict-000050.jsonl")) == 4
+    capsys.readouterr()
+    evaluate.evaluate(config(run, rows, tmp_path, number=8))
+    assert computed(capsys) == 1
+    assert len(predictions(tmp_path, "arithmetic_predict-000050.jsonl")) == 8
+
+
+KEEP = """
+import sys
+from etils import epath
+from distill import metrics, scoring, students
+folder = epath.Path(sys.argv[1])
+found = scoring.Score("t", "d", "test", "greedy", 1, {
+    f"metric_{i}": metrics.Estimate(0.5, 1, 0.1, 0.4, 0.6) for i in range(100)
+})
+for step in range(int(sys.argv[2]), 100, 2):
+    checkpoint = students.Checkpoint(folder / f"checkpoint_{step}", folder, step, "")
+    scoring.keep(folder, f"test/t-{step:06}.jsonl", f"key {step}", found, checkpoint, None)
+"""
+
+
+def test_two_evaluations_beside_each_other_lose_no_line(tmp_path):
+    started = [
+        subprocess.Popen([sys.executable, "-c", KEEP, str(tmp_path), first]) for first in "01"
+    ]
+    assert [process.wait() for process in started] == [0, 0]
+    metrics_of = (tmp_path / "test/t-metrics.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["step"] for line in metrics_of) == list(range(100))
+    complete = results.Store(tmp_path).complete()
+    assert {lines[0]["step"] for lines in complete.values()} == set(range(100))
+
+
 def test_the_model_compiles_once_for_all_checkpoints(run, rows, tmp_path):
     settings = dict(mixture_or_task_name="arithmetic", number=8)
     programs = []

@@ -195,7 +195,9 @@ def test_evaluate_reads_what_train_wrote(uninterrupted, tmp_path, cache, capsys)
     assert rows[-1][1].values == last.values
     assert "checkpoint_6" in capsys.readouterr().out
     (file,) = tmp_path.glob("*/validation/arithmetic_predict-000006.jsonl")
-    assert [json.loads(line) for line in file.read_text().splitlines()] == last.predictions
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    (key,) = {line.pop("key") for line in kept}
+    assert kept == last.predictions and key in results.Store(tmp_path).complete()
     written = (file.parent / "arithmetic_predict-metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in written] == [3, 6]
     # Training keeps its own evaluations in the same form.
