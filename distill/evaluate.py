@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -67,7 +68,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         if self.split not in ("validation", "test", "train"):
-            raise ValueError(f"SPLIT must be 'validation' or 'test', not {self.split!r}.")
+            raise ValueError(f"SPLIT must be 'validation', 'test' or 'train', not {self.split!r}.")
         if self.wait_minutes is not None and not self.wait_minutes > 0:
             raise ValueError(f"WAIT_MINUTES must be positive, not {self.wait_minutes!r}.")
 
@@ -104,34 +105,20 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, scoring.Score]]:
     failed: dict[str, str] = {}
     units: dict[str, _Unit] = {}  # of all rounds: what was evaluated stays in the table
     corpora: dict[cache.RowsConfig, cache.Corpus] = {}
-    waited_since = time.monotonic()
-    while True:
-        # Asked before looking: the last checkpoint may come while others are evaluated.
-        ended = config.wait_minutes is not None and cluster.agreed(
-            cluster.is_first() and _has_ended(config)
-        )
-        found = _find(config)
+    for found in _rounds(config):
         wanted = [unit for checkpoint in found for unit in _units(config, checkpoint, corpora)]
         units |= {unit.key: unit for unit in wanted}
-        missing = [u for u in _missing(wanted) if str(u.checkpoint.path) not in failed]
-        cluster.wait_for_all("units")  # nobody writes before all have seen what is there
+        missing = _missing(wanted)
         if missing:
             _compute(config, missing, len(wanted), computed, failed)
-            waited_since = time.monotonic()
-        patience = config.wait_minutes is not None and (
-            time.monotonic() - waited_since < config.wait_minutes * 60
-        )
-        if cluster.agreed(ended or not patience):
-            break
-        time.sleep(POLL_SECONDS)
     if not units:
         raise FileNotFoundError(
             f"No checkpoint at {config.checkpoint_path} (RESTORE_MODE={config.restore_mode}) after "
             f"{config.wait_minutes:g} minutes (WAIT_MINUTES), or until the run ended."
         )
-    if config.wait_minutes is not None and not ended:
-        logging.warning("No new checkpoint for %s minutes.", f"{config.wait_minutes:g}")
+    failed |= cluster.agreed(_never_came(config) if cluster.is_first() else {})
 
+    cluster.wait_for_all("results")  # the first process may still be writing
     scores = []
     folders = list(dict.fromkeys(unit.folder for unit in units.values()))
     for folder in folders:
@@ -156,19 +143,57 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, scoring.Score]]:
     return named
 
 
-def _find(config: EvaluateConfig) -> list[students.Checkpoint]:
-    """The checkpoints that are there, the same ones on all processes."""
-    if not cluster.is_first():
-        paths = cluster.agreed(None)
-        return [c for path in paths for c in students.find(path, "specific")]
-    try:
-        found = students.find(config.checkpoint_path, config.restore_mode)
-    except FileNotFoundError:
-        if config.wait_minutes is None:
-            raise
-        found = []
-    cluster.agreed([str(c.path) for c in found])
-    return found
+def _rounds(config: EvaluateConfig) -> Iterator[list[students.Checkpoint]]:
+    """Yields the checkpoints that are there, then those that come; the same on all processes.
+
+    The first process looks; the others get what it saw, since it may have gone when they look.
+    """
+    seen: set[str] = set()
+    more = True
+    while more:
+        found, more = cluster.together(
+            lambda: _look(config, seen) if cluster.is_first() else ([], False)
+        )
+        seen.update(f"{c.path}@{c.fingerprint}" for c in found)
+        told = [(str(c.path), str(c.run), c.step, c.fingerprint, dict(c.metadata)) for c in found]
+        told, more = cluster.agreed([told, more])
+        yield [
+            students.Checkpoint(epath.Path(path), epath.Path(run), *facts)
+            for path, run, *facts in told
+        ]
+
+
+def _look(config: EvaluateConfig, seen: set[str]) -> tuple[list[students.Checkpoint], bool]:
+    """Returns the checkpoints that are not in `seen`, and whether more may come.
+
+    Waits for them, where that is wanted, as long as a run goes on.
+    """
+    started = time.monotonic()
+    while True:
+        # Asked before looking: the last checkpoint may come in between.
+        left = students.unfinished(config.checkpoint_path) if config.wait_minutes else {}
+        found = students.find(
+            config.checkpoint_path, config.restore_mode, must_exist=config.wait_minutes is None
+        )
+        new = [c for c in found if f"{c.path}@{c.fingerprint}" not in seen]
+        if new or not left:
+            return new, bool(left)
+        if time.monotonic() - started > config.wait_minutes * 60:
+            runs = ", ".join(f"{run} ({why})" for run, why in left.items())
+            logging.warning("No new checkpoint for %g minutes: %s", config.wait_minutes, runs)
+            return [], False
+        time.sleep(POLL_SECONDS)
+
+
+def _never_came(config: EvaluateConfig) -> dict[str, str]:
+    """The paths that were waited for in vain."""
+    if config.wait_minutes is None:
+        return {}
+    return {
+        path: f"no checkpoint in {config.wait_minutes:g} minutes (WAIT_MINUTES)"
+        for path in students.paths(config.checkpoint_path)
+        if not students.find(path, must_exist=False)
+    }
 
 
 def _units(
@@ -221,8 +246,12 @@ def _run_name(checkpoint: students.Checkpoint) -> str:
 
 
 def _missing(units: Sequence[_Unit]) -> list[_Unit]:
-    there = {f: results.Store(f).complete() for f in {unit.folder for unit in units}}
-    return [unit for unit in units if unit.key not in there[unit.folder]]
+    """Those whose results are not there, as the first process sees it."""
+    there: dict[epath.Path, Any] = {}
+    if cluster.is_first():
+        there = {f: results.Store(f).complete() for f in {unit.folder for unit in units}}
+    missing = cluster.agreed([u.key for u in units if u.key not in there.get(u.folder, ())])
+    return [unit for unit in units if unit.key in set(missing)]
 
 
 def _compute(
@@ -252,8 +281,8 @@ def _compute(
                 bar.set_description(f"{done + 1} of {total}: {name}")
                 try:
                     student = student or students.load(unit.checkpoint, config.vocabulary)
-                except (FileNotFoundError, ValueError) as e:
-                    if not students.is_there(unit.checkpoint):
+                except (FileNotFoundError, ValueError) as e:  # on all processes
+                    if not cluster.agreed(students.is_there(unit.checkpoint)):
                         # The run that wrote it keeps its newest only.
                         logging.warning("%s has gone meanwhile: %s", path, e)
                     elif isinstance(e, FileNotFoundError):
@@ -285,19 +314,6 @@ def _compute(
                         f"({done} of {total}, {speed:.1f} rows/s, {left} left)"
                     )
             del student  # before the next one is read
-
-
-def _has_ended(config: EvaluateConfig) -> bool:
-    """Whether all runs have written their last checkpoint; one that is no run of ours has.
-
-    The newest of each says so, whichever are evaluated: every other one, or the best, may be older,
-    and a run that was made longer has passed what was its last step.
-    """
-    try:
-        newest = students.find(config.checkpoint_path, "latest")
-    except FileNotFoundError:
-        return False
-    return all(c.step == c.metadata.get("last_step", c.step) for c in newest)
 
 
 def _names(units: Sequence[_Unit]) -> list[str]:

@@ -355,6 +355,42 @@ def test_evaluation_follows_a_run_until_it_ends(tmp_path, rows, capsys, monkeypa
     assert computed(capsys) == 2
 
 
+@pytest.mark.parametrize("path", ["{0}/a,{0}/b", "{0}/*"])
+def test_what_is_there_is_evaluated_while_another_run_is_waited_for(
+    tmp_path, rows, capsys, monkeypatch, path
+):
+    monkeypatch.setattr(evaluate, "POLL_SECONDS", 0.05)
+    save(tmp_path / "runs" / "a", 50, 0)  # has ended
+    (tmp_path / "runs" / "b").mkdir()
+    (tmp_path / "runs" / "b" / "config.gin").touch()  # has begun
+    store, when = results.Store(tmp_path / "out"), []
+
+    def later():
+        while not store.complete():
+            time.sleep(0.1)
+        when.append(len(store.complete()))
+        save(tmp_path / "runs" / "b", 50, 1)
+
+    writer = threading.Thread(target=later, daemon=True)
+    writer.start()
+    settings = dict(mixture_or_task_name="arithmetic", wait_minutes=2)
+    path = path.format(tmp_path / "runs")
+    found = evaluate.evaluate(config(path, rows, tmp_path / "out", **settings))
+    assert [name for name, _ in found] == ["a/checkpoint_50", "b/checkpoint_50"]
+    assert computed(capsys) == 2 and when
+
+
+def test_a_path_that_was_waited_for_in_vain_is_named(tmp_path, rows, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "POLL_SECONDS", 0.05)
+    save(tmp_path / "a", 50, 0)
+    settings = config(f"{tmp_path}/a,{tmp_path}/typo", rows, wait_minutes=0.01)
+    with pytest.raises(
+        ValueError, match=r"could not be evaluated:\n.*/typo: no checkpoint in 0.01"
+    ):
+        evaluate.evaluate(settings)
+    assert "a/checkpoint_50" in capsys.readouterr().out
+
+
 def test_waiting_ends_when_nothing_comes(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(evaluate, "POLL_SECONDS", 0.05)
     save(tmp_path / "run", 10, 10)  # of 50
@@ -605,15 +641,33 @@ def test_steps_that_are_not_there_are_said(run):
         students.find(str(run), "every-7")
 
 
-def test_waiting_asks_the_newest_checkpoint_whether_a_run_has_ended(tmp_path, rows, capsys):
+def test_a_run_goes_on_until_its_newest_checkpoint_is_the_last(tmp_path, rows, capsys):
     save(tmp_path, 10, 0, last_step=10)  # ended, and was then made longer
     save(tmp_path, 15, 1, last_step=20)
-    settings = config(tmp_path, rows, restore_mode="all", wait_minutes=1)
-    assert not evaluate._has_ended(settings)
+    assert students.unfinished(str(tmp_path)) == {str(tmp_path): "at step 15 of 20"}
     save(tmp_path, 20, 2, last_step=20)
     started = time.monotonic()  # the last one is none of those that are evaluated
-    evaluate.evaluate(dataclasses.replace(settings, restore_mode="every-15"))
+    settings = config(tmp_path, rows, restore_mode="every-15", wait_minutes=1)
+    evaluate.evaluate(settings)
     assert computed(capsys) == 1 and time.monotonic() - started < 50
+
+
+def test_what_is_still_to_come(tmp_path):
+    save(tmp_path / "a", 50, 0)
+    save(tmp_path / "b", 40, 0)
+    for name in ("c", "d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "c" / "config.gin").touch()  # a run that has begun; d is something else
+
+    def left(*names):
+        found = students.unfinished(",".join(str(tmp_path / name) for name in names))
+        return {pathlib.Path(run).name: why for run, why in found.items()}
+
+    assert left("a") == {} == left("a", "b/checkpoint_40")
+    expected = {"b": "at step 40 of 50", "c": "without a checkpoint"}
+    assert left("*") == left("a", "b", "c") == expected
+    assert left("b/checkpoint_*") == {"b": "at step 40 of 50"}
+    assert left("a", "d", "e*") == dict.fromkeys(("d", "e*"), "without a checkpoint")
 
 
 def test_a_checkpoint_that_is_being_deleted_is_passed_over(tmp_path, rows, monkeypatch, capsys):
