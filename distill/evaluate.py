@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ class EvaluateConfig:
       mixture_or_task_name: tasks, mixtures or datasets, several with commas; None = the mixture
         that the checkpoint was trained on. A dataset stands for its task in the student's form.
       mixture_or_task_module: the module whose import registers it; None = the run's.
-      split: `validation` or `test`.
+      split: `validation`, `test`, or `train` to see what a student learnt by heart.
       force: evaluate on tasks of another form than the student's all the same.
       answering: how the student is asked.
       eval_output_dir: where predictions and results go; None = `inference_eval` in each run.
@@ -80,6 +81,7 @@ class _Unit:
     checkpoint: students.Checkpoint
     task: cache.TaskRows
     split: str
+    how: scoring.Answering
     folder: epath.Path
     predictions: str  # file in the folder
     kind: str  # TensorBoard's folder in it
@@ -223,10 +225,11 @@ def _units(
                 f"on {prompts.split_name(name)[0]}_{checkpoint.form}, or set --gin.FORCE=True."
             )
     folder = epath.Path(config.eval_output_dir or checkpoint.run / students.RESULTS).expanduser()
-    how, units = config.answering, []
+    units = []
     # Several runs may share a folder of results.
     shared = f"{_run_name(checkpoint)}/" if config.eval_output_dir else ""
     for task in tasks.values():
+        how = _answering(config, checkpoint, task)
         settings = [
             scoring.FORMAT, checkpoint.fingerprint, shared, scoring.digest(task), config.split,
             dataclasses.asdict(dataclasses.replace(how, batch_size=1)),
@@ -236,8 +239,30 @@ def _units(
         decoder = "" if how.name == "greedy" else f"-{how.name}"
         predictions = f"{shared}{config.split}/{task.name}{decoder}{step}.jsonl"
         kind = f"{shared}{task.name}{decoder}/{config.split}"
-        units.append(_Unit(checkpoint, task, config.split, folder, predictions, kind, key))
+        units.append(_Unit(checkpoint, task, config.split, how, folder, predictions, kind, key))
     return units
+
+
+def _answering(
+    config: EvaluateConfig, checkpoint: students.Checkpoint, task: cache.TaskRows
+) -> scoring.Answering:
+    """How a student is asked: not for reasons where it has none to give."""
+    how = config.answering
+    asked = how.explain and prompts.answering_form(task.name) == "predict"
+    if asked and checkpoint.explains is not False:
+        return how
+    if how.explain and task.answer_form == "label":
+        _warn_once(
+            f"EXPLAIN has no effect on {checkpoint.run}, {task.name}: it is for tasks of the form "
+            "'predict', and students that learnt to explain beside it (this one was trained on "
+            f"{checkpoint.metadata.get('mixture')!r})."
+        )
+    return dataclasses.replace(how, explain=False)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.warning("%s", message)
 
 
 def _run_name(checkpoint: students.Checkpoint) -> str:
@@ -261,7 +286,7 @@ def _compute(
     is_writer = jax.process_index() == 0
     started, seen = time.monotonic(), 0
     done = total - len(units)  # results that are there
-    rows = sum(scoring.num_rows(unit.task, config.answering) for unit in units)
+    rows = sum(len(scoring.rows_of(unit.task, unit.split, unit.how)) for unit in units)
     bar = tqdm(
         total=rows, unit="row", dynamic_ncols=True,
         disable=not (is_writer and sys.stderr.isatty()),
@@ -296,7 +321,7 @@ def _compute(
                 def progress(done: int, before=before) -> None:
                     bar.update(before + done - bar.n)
 
-                found = scoring.score(student, unit.task, unit.split, config.answering, progress)
+                found = scoring.score(student, unit.task, unit.split, unit.how, progress)
                 bar.update(before + found.n - bar.n)
                 seen += found.n
                 computed.add(unit.key)
@@ -311,7 +336,8 @@ def _compute(
                     left = datetime.timedelta(seconds=round((rows - seen) / speed))
                     bar.write(
                         f"{name}, {unit.split}: {found.summary}  "
-                        f"({done} of {total}, {speed:.1f} rows/s, {left} left)"
+                        f"({done} of {total}, {speed:.1f} rows/s, {left} left)",
+                        file=sys.stderr,
                     )
             del student  # before the next one is read
 

@@ -70,7 +70,7 @@ class Score:
     Attributes:
       task: name of the SeqIO task.
       dataset: that it was registered for; the task where that is not known.
-      split: `validation` or `test`.
+      split: `validation`, `test` or `train`.
       decoder: `Answering.name`.
       n: examples.
       estimates: of each metric; `accuracy` is a fraction in [0, 1].
@@ -145,8 +145,12 @@ def scored(corpus: cache.Corpus) -> list[cache.TaskRows]:
     return [task for task in corpus.tasks if task.metrics and len(task)]
 
 
-def num_rows(task: cache.TaskRows, how: Answering) -> int:
-    return min(len(task), how.num_examples or len(task))
+def rows_of(task: cache.TaskRows, split: str, how: Answering) -> np.ndarray:
+    """The numbers of the rows that are asked: one of each example, int64 [n]."""
+    rows = np.arange(len(task))
+    if split == "train":  # there an example has a row for each of its rationales
+        rows = np.sort(np.unique(task.keys, return_index=True)[1])
+    return rows[: how.num_examples]
 
 
 def score(
@@ -156,7 +160,9 @@ def score(
     how: Answering,
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """Asks a student for every row of a task, and scores its answers.
+    """Asks a student for every example of a task, and scores its answers.
+
+    In the train split examples without a gold label are left out.
 
     Args:
       student: the model.
@@ -166,9 +172,14 @@ def score(
       progress: is told how many rows are done.
 
     Raises:
-      ValueError: answering by likelihood, but the task does not say which labels it allows.
+      ValueError: answering by likelihood, but the task does not say which labels it allows; or no
+        example has a gold label.
     """
-    records = task.read(range(num_rows(task, how)))
+    records = task.read(rows_of(task, split, how))
+    if split == "train":
+        records = [record for record in records if record.label]
+        if not records:
+            raise ValueError(f"No example of {task.name}, train, has a gold label to compare with.")
     if how.by == "likelihood":
         answered = _by_likelihood(student, task, records, how, progress)
     else:
@@ -255,7 +266,8 @@ def _by_likelihood(student, task, records, how: Answering, progress) -> list[dic
     if not all(record.options for record in records) or task.answer_form != "label":
         raise ValueError(
             f"{task.name} does not say which labels it allows, so that ANSWER_BY=likelihood cannot "
-            "choose among them: give task.register(..., options=...), or take ANSWER_BY=generation."
+            "choose among them: give task.register(..., options=...), which holds for validation "
+            "and test, or take ANSWER_BY=generation."
         )
     scores = student.likelihoods([record.inputs for record in records], options, how.batch_size)
     if progress:

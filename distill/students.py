@@ -57,6 +57,13 @@ class Checkpoint:
         forms = {prompts.answering_form(name) for name in names} - {None, "explain"}
         return forms.pop() if len(forms) == 1 else None
 
+    @property
+    def explains(self) -> bool | None:
+        """Whether it learnt to answer `explain: `; None where that is not known."""
+        names = self.metadata.get("tasks") or [self.metadata.get("mixture") or ""]
+        forms = {prompts.split_name(name)[1] for name in names}
+        return None if None in forms else bool(forms & {"explain", *prompts.MIXTURES})
+
 
 def find(path: str, which: str = "latest", *, must_exist: bool = True) -> list[Checkpoint]:
     """Finds checkpoints, run by run, each run's by step.

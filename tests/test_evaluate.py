@@ -160,13 +160,52 @@ def test_the_tasks_of_a_mixture_of_ones_own_tell_the_form(tmp_path):
     save(tmp_path, 1, 0, mixture="my_mixture")
     (checkpoint,) = students.find(str(tmp_path))
     assert checkpoint.form is None
-    for tasks, form in (
-        (["a_explain", "a_predict", "b_predict_llm"], "predict"),
-        (["a_label", "a_predict"], None),
-        (["mine"], None),
+    for tasks, form, explains in (
+        (["a_explain", "a_predict", "b_predict_llm"], "predict", True),
+        (["a_predict"], "predict", False),
+        (["a_label", "a_predict"], None, False),
+        (["mine"], None, None),
     ):
         told = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, "tasks": tasks})
-        assert told.form == form
+        assert (told.form, told.explains) == (form, explains)
+    for mixture, explains in (("all_step_by_step_llm", True), ("a_label", False), ("mine", None)):
+        told = dataclasses.replace(checkpoint, metadata={"mixture": mixture})
+        assert told.explains == explains
+
+
+def test_who_cannot_explain_is_not_asked_to_and_it_is_said_once(tmp_path, rows, caplog, capsys):
+    save(tmp_path / "run", 1, 0, mixture="arithmetic_label")
+    save(tmp_path / "run", 2, 0, mixture="arithmetic_label")
+    path = tmp_path / "run"
+    evaluate.evaluate(config(path, rows, restore_mode="all"))
+    asked = scoring.Answering(explain=True, num_examples=8)
+    evaluate.evaluate(config(path, rows, restore_mode="all", answering=asked))
+    assert computed(capsys) == 0  # it changes nothing
+    (said,) = [message for message in caplog.messages if "EXPLAIN" in message]
+    assert f"no effect on {path}, arithmetic_label" in said
+    assert "trained on 'arithmetic_label'" in said
+    # A target that holds both is explained in any case.
+    (single,) = toy(tmp_path, "rationale_label", {}).tasks
+    evaluate._answering(config(path, rows, answering=asked), students.find(str(path))[0], single)
+    assert [message for message in caplog.messages if "EXPLAIN" in message] == [said]
+
+
+def test_the_table_alone_is_on_standard_output(run, rows, tmp_path, capsys):
+    found = evaluate.evaluate(config(run, rows, tmp_path, mixture_or_task_name="arithmetic"))
+    said = capsys.readouterr()
+    table, last = said.out[:-1].rsplit("\n", 1)
+    assert table == scoring.table(found) and last.startswith(
+        "1 results of 1 checkpoint: 1 computed"
+    )
+    assert "checkpoint_50, arithmetic_predict, validation: accuracy" in said.err
+
+
+def test_the_train_split_is_evaluated_where_it_is_asked_for(run, rows, tmp_path):
+    settings = dict(mixture_or_task_name="arithmetic", split="train")
+    ((_, score),) = evaluate.evaluate(config(run, rows, tmp_path, **settings))
+    assert (score.split, score.n) == ("train", 8)
+    (row, *_) = predictions(tmp_path, "arithmetic_predict-000050.jsonl")
+    assert row["example_id"].startswith("arithmetic/train/") and row["label"]
 
 
 def test_unknown_tasks_are_named(run, rows):
@@ -176,7 +215,7 @@ def test_unknown_tasks_are_named(run, rows):
 
 def test_settings_are_checked():
     for settings, message in (
-        (dict(split="dev"), "SPLIT must be"),
+        (dict(split="dev"), "SPLIT must be 'validation', 'test' or 'train', not 'dev'"),
         (dict(wait_minutes=0), "WAIT_MINUTES must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -519,7 +558,7 @@ def test_other_formats_give_the_same_answers(run, rows, tmp_path, kind):
 # --- One task -------------------------------------------------------------------------------------
 
 
-def toy(folder, form, row):
+def toy(folder, form, row, made=None, split="test"):
     facts = {
         "name": "toy", "rate": 1.0, "metrics": ["distill.metrics.label_accuracy"],
         "dataset": "toy", "answer_form": form,
@@ -527,12 +566,13 @@ def toy(folder, form, row):
     rows = [
         {
             "inputs": np.array([5, 1]), "targets": np.array([6, 1]), "inputs_pretokenized": "x",
-            "example_id": f"toy/{i}", "label": label, "loss_group": 0, "choice": 0,
-            "loss_weight": 1000, **row,
+            "loss_group": 0, "choice": 0, "loss_weight": 1000, **own, **row,
         }
-        for i, label in enumerate(["yes", "no"])
+        for own in made or [
+            {"example_id": f"toy/{i}", "label": label} for i, label in enumerate(["yes", "no"])
+        ]
     ]  # fmt: skip
-    generation = cache.write_generation(folder, "toy", "test", [(facts, None, rows)])
+    generation = cache.write_generation(folder, "toy", split, [(facts, None, rows)])
     return cache.open_generation(folder / generation)
 
 
@@ -567,6 +607,21 @@ def test_the_answer_in_the_text_is_scored(
     assert [p["prediction"] for p in score.predictions] == (
         generated if form == "label" else ["yes", ""]
     )
+
+
+def test_an_example_of_the_train_split_is_asked_once_and_needs_a_gold_label(monkeypatch, tmp_path):
+    """There it has a row for each rationale, and inputs of a pool have no label."""
+    student, asked = fixed_student(monkeypatch, ["yes", "no"])
+    labels = {"a": "yes", "b": "", "c": "yes"}
+    made = [
+        {"example_id": name, "label": labels[name], "choice": choice}
+        for name, choice in (("a", 0), ("a", 1), ("b", 0), ("c", 0), ("c", 1))
+    ]
+    (score,) = scoring.score_tasks(student, toy(tmp_path, "label", {}, made, "train"))
+    assert len(asked[0][0]) == 2 and (score.n, score.values["accuracy"]) == (2, 0.5)
+    assert [p["example_id"] for p in score.predictions] == ["a", "c"]
+    with pytest.raises(ValueError, match="No example of toy, train, has a gold label"):
+        scoring.score_tasks(student, toy(tmp_path, "label", {}, [made[2]], "train"))
 
 
 @pytest.mark.parametrize("trained, kept", [(64, 1024), (1500, 1500)])

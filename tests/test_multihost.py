@@ -249,7 +249,7 @@ def test_evaluation_by_two_writes_what_one_does(place, processes):
     assert tables == [1, 0, 1], "only process 0 prints"
 
 
-# scripts/evaluate.py; the first checkpoint is deleted between the look of one process and the other's.
+# scripts/evaluate.py; the first checkpoint is deleted when one process has looked, the other not.
 DELETED = """
 import os
 from distill import configure, convert, evaluate, students
