@@ -203,6 +203,7 @@ def score(
             "correct": correct,
             "teacher": record.teacher or None,
             "teacher_rationale": record.teacher_rationale or None,
+            "human_rationale": record.human_rationale or None,
         }
         for record, answer, correct in zip(records, answered, right, strict=True)
     ]
@@ -310,9 +311,10 @@ def _beyond_labels(records, answered) -> dict[str, metrics.Estimate]:
     if not any(rationales):
         return found
     taught = [
-        (r.teacher_rationale, said or "")
-        for r, said in zip(records, rationales, strict=True) if r.teacher_rationale
-    ]  # fmt: skip
+        (reference, said or "")
+        for r, said in zip(records, rationales, strict=True)
+        if (reference := r.teacher_rationale or r.human_rationale)
+    ]
     for fn in (metrics.rouge_l, metrics.chrf) if taught else ():
         found |= metrics.estimates(fn, *map(list, zip(*taught, strict=True)))
     conclusion = metrics.conclusion_for(labels, inputs)

@@ -624,6 +624,16 @@ def test_an_example_of_the_train_split_is_asked_once_and_needs_a_gold_label(monk
         scoring.score_tasks(student, toy(tmp_path, "label", {}, [made[2]], "train"))
 
 
+def test_a_rationale_of_people_is_a_reference_and_no_teachers(monkeypatch, tmp_path):
+    student, _ = fixed_student(monkeypatch, ["It rains. So the answer is yes", "no"])
+    row = {"human_rationale": "It rains."}
+    (score,) = scoring.score_tasks(student, toy(tmp_path, "rationale_label", row))
+    for prediction in score.predictions:
+        assert prediction["human_rationale"] == "It rains."
+        assert prediction["teacher"] is prediction["teacher_rationale"] is None
+    assert score.values["rouge_l"] == 0.5 and "teacher_agreement" not in score.values
+
+
 @pytest.mark.parametrize("trained, kept", [(64, 1024), (1500, 1500)])
 def test_inputs_are_cut_where_the_student_was_trained(monkeypatch, tmp_path, trained, kept):
     student, asked = fixed_student(monkeypatch, ["yes", "no"], {"inputs": trained, "targets": 32})

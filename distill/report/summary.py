@@ -369,7 +369,7 @@ def _predictions(path: epath.Path, key: str, notes: list[str]) -> list[dict[str,
 def _prediction(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields that are shown, each text or None, `correct` and `teacher_correct`."""
     texts = ("example_id", "input", "label", "prediction", "generated", "teacher",
-             "teacher_rationale", "rationale")  # fmt: skip
+             "teacher_rationale", "human_rationale", "rationale")  # fmt: skip
     shown = {name: row[name] if isinstance(row.get(name), str) else None for name in texts}
     correct, probability = row.get("correct"), row.get("probability")
     shown["correct"] = correct if isinstance(correct, bool) else None
