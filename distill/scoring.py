@@ -193,7 +193,7 @@ def score(
     for name in task.metrics:
         found |= metrics.estimates(metric_function(name), labels, answers)
     found |= _beyond_labels(records, answered)
-    right = _right(task, labels, answers)
+    right = _right(task, labels, answers) if "accuracy" in found else [None] * len(records)
     predictions = [
         {
             "example_id": record.example_id,
