@@ -346,7 +346,7 @@ def test_the_model_compiles_once_for_all_checkpoints(run, rows, tmp_path):
     programs = []
     for number, which in enumerate(("latest", "all")):
         jax.clear_caches()
-        with jax.log_compiles(), _counted() as names:
+        with jax.log_compiles(), counted() as names:
             evaluate.evaluate(
                 config(run, rows, tmp_path / str(number), restore_mode=which, **settings)
             )
@@ -354,7 +354,7 @@ def test_the_model_compiles_once_for_all_checkpoints(run, rows, tmp_path):
     assert programs[0] == programs[1] > 0
 
 
-class _counted:
+class counted:
     """Collects what jax says it compiles."""
 
     def __enter__(self):
