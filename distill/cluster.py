@@ -26,7 +26,7 @@ INITIALIZATION_TIMEOUT = 300  # seconds
 # jax's own 100 s are long for a pod that is preempted often. The heartbeat comes from a thread of
 # its own in C++, so that neither compiling nor a slow disk delays it.
 HEARTBEAT_TIMEOUT = 60  # seconds
-_BARRIER_TIMEOUT = 24 * 3600  # seconds; a process that dies ends the wait much sooner
+_BARRIER_TIMEOUT = 30 * 24 * 3600  # seconds; a process that dies ends the wait much sooner
 
 # One of these is there wherever a launcher knows the other processes, or that there are none.
 _MANAGED = {"SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"}

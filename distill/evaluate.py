@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> list[tuple[str, scoring.Score]]:
 
     What is there already, of the same checkpoint, rows and way of asking, is not computed again. In
     `eval_output_dir`: `results.jsonl` (see `results`), `<split>/<task>-<step>.jsonl` (one line an
-    example), `<split>/<task>-metrics.jsonl` (one line a step) and TensorBoard's files.
+    example), `<split>/<task>-metrics.jsonl` (one line an evaluation) and TensorBoard's files.
 
     Returns:
       (checkpoint, score) in the order of the table; scores that were kept have no predictions.
