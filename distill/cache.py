@@ -47,6 +47,8 @@ FORMAT = 5
 # A generation that is not the current one any more may still be read for so long (seconds).
 GRACE = 7 * 24 * 3600
 _COLUMNS = ("lengths", "loss_groups", "keys", "choices", "weights", "population")
+# Texts of a row that some have; the order is that of `Record`.
+_EXTRA = ("teacher", "teacher_rationale", "options", "human_rationale")
 _HEADER = struct.Struct("<II")  # input and target tokens of a record
 _REPORT_EVERY = 500  # rows
 _MAIN = ("__main__", "__mp_main__")  # multiprocessing has a second name for it
@@ -142,6 +144,7 @@ class Record:
       teacher: the teacher's label, in validation and test; empty where there is none.
       teacher_rationale: the same for its rationale.
       options: the labels of a classification task, one a line, in validation and test.
+      human_rationale: in place of the teacher's, where people wrote them.
     """
 
     inputs: np.ndarray
@@ -152,6 +155,7 @@ class Record:
     teacher: str = ""
     teacher_rationale: str = ""
     options: str = ""
+    human_rationale: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -637,7 +641,7 @@ def _write_task(folder, number: int, name: str, population, rows, digest, told) 
         if not any(lengths):
             raise ValueError(f"{name}: the row of example {row['example_id']!r} has no tokens.")
         texts = [row["example_id"], row["label"], row["inputs_pretokenized"]]
-        extra = [row.get(key, "") for key in ("teacher", "teacher_rationale", "options")]
+        extra = [row.get(key, "") for key in _EXTRA]
         texts = json.dumps(texts + extra if any(extra) else texts)
         record = _HEADER.pack(*lengths) + inputs + targets + texts.encode()
         writer.write(record)

@@ -43,6 +43,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from distill import cluster
+
 PyTree = Any
 Leaves = dict[str, tuple[tuple[int, ...], str]]  # leaf path -> (shape, dtype name)
 
@@ -371,17 +373,20 @@ def restore(
       ValueError: if it is no checkpoint, is damaged, or does not fit (with a want/have table).
     """
     folder = _absolute(folder)
-    manifest = _read_manifest(folder)
     wanted, treedef = _flatten(target, () if subtree is None else (subtree,))
-    have = _leaves(manifest)
-    if subtree is not None:
-        have = {p: spec for p, spec in have.items() if p.split("/")[0] == subtree}
-        if not have:
-            keys = sorted({p.split("/")[0] for p in _leaves(manifest)})
-            raise ValueError(f"{folder} has no {subtree!r}; it has {', '.join(keys)}")
-    require_match(folder, _describe(wanted), have)
-    files = _files_of(manifest, subtree)
-    _on_first_process(lambda: _require_intact(folder, manifest, files))
+
+    def check() -> int:
+        manifest = _read_manifest(folder)
+        have = _leaves(manifest)
+        if subtree is not None:
+            have = {p: spec for p, spec in have.items() if p.split("/")[0] == subtree}
+            if not have:
+                keys = sorted({p.split("/")[0] for p in _leaves(manifest)})
+                raise ValueError(f"{folder} has no {subtree!r}; it has {', '.join(keys)}")
+        require_match(folder, _describe(wanted), have)
+        return _require_intact(folder, manifest, _files_of(manifest, subtree))
+
+    _on_first_process(check)
     return _read(folder, wanted, treedef), json.loads((folder / _METADATA).read_bytes())
 
 
@@ -806,8 +811,10 @@ def _on_first_process(do: Callable[[], int]) -> int:
         except Exception as caught:  # raised below, once the other processes know
             error = caught
     value = int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-    if error is not None:
-        raise error
     if value == _FAILED:
-        raise RuntimeError("process 0 failed on a checkpoint; see its log")
+        kind, message = cluster.agreed([type(error).__name__, str(error)])
+        if error is not None:
+            raise error
+        kinds = {kind.__name__: kind for kind in (FileNotFoundError, ValueError)}
+        raise kinds.get(kind, RuntimeError)(f"process 0: {message}")
     return value

@@ -16,7 +16,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # sysexits.h: EX_UNAVAILABLE. The other processes did not come; starting again may help.
 EXIT_UNREACHABLE = 69
@@ -24,7 +26,7 @@ INITIALIZATION_TIMEOUT = 300  # seconds
 # jax's own 100 s are long for a pod that is preempted often. The heartbeat comes from a thread of
 # its own in C++, so that neither compiling nor a slow disk delays it.
 HEARTBEAT_TIMEOUT = 60  # seconds
-_BARRIER_TIMEOUT = 24 * 3600  # seconds; a process that dies ends the wait much sooner
+_BARRIER_TIMEOUT = 30 * 24 * 3600  # seconds; a process that dies ends the wait much sooner
 
 # One of these is there wherever a launcher knows the other processes, or that there are none.
 _MANAGED = {"SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"}
@@ -218,6 +220,42 @@ def agreed(value: Any) -> Any:
     if is_first():
         client.key_value_set(key, json.dumps(value))
     return json.loads(client.blocking_key_value_get(key, _BARRIER_TIMEOUT * 1000))
+
+
+def together(do: Callable[[], T]) -> T:
+    """Returns what `do` returns, on all processes; where it fails on one, it fails on all.
+
+    For what each has to do by itself and might not be able to, such as reading a file: no process
+    goes on and waits in a collective for one that does not come.
+
+    Raises:
+      ValueError, FileNotFoundError: as `do` raised it, here or on the first process that did. Any
+        other exception is to end its process, and with it the run.
+    """
+    if not is_several():
+        return do()
+    result, error = None, None
+    try:
+        result = do()
+    except (ValueError, FileNotFoundError) as caught:  # raised below, once the others know
+        error = caught
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    state, key = _joined(), f"together/{next(_agreements)}"
+    said = None if error is None else [kind.__name__, str(error)]
+    state.client.key_value_set(f"{key}/{state.process_id}", json.dumps(said))
+    heard = [
+        json.loads(state.client.blocking_key_value_get(f"{key}/{i}", _BARRIER_TIMEOUT * 1000))
+        for i in range(state.num_processes)
+    ]
+    if error is not None:
+        raise error
+    for i, other in enumerate(heard):
+        if other is not None:
+            name, message = other
+            raise {"FileNotFoundError": FileNotFoundError}.get(name, ValueError)(
+                f"process {i}: {message}"
+            )
+    return result
 
 
 def is_several() -> bool:

@@ -317,17 +317,22 @@ def _few_lengths(longest: np.ndarray, most: int) -> list[int]:
     """Rounds lengths up to at most `most` different ones, so that their sum is least."""
     values, counts = np.unique(longest, return_counts=True)
     below = np.cumsum(counts)
-    # For each value: the least sum of all up to it with so many lengths, and the lengths.
-    best = [(int(v * n), (int(v),)) for v, n in zip(values, below, strict=True)]
+    # Of the lengths up to each value: their least sum, if the value is the last to round up to, and
+    # the value before it (-1: none), with one value, two, ...
+    sums, before = values * below, [np.full(len(values), -1)]
     for _ in range(1, min(most, len(values))):
-        best = [
-            min([alone, *(
-                (best[j][0] + int(v * (below[i] - below[j])), (*best[j][1], int(v)))
-                for j in range(i)
-            )])
-            for i, (v, alone) in enumerate(zip(values, best, strict=True))
-        ]  # fmt: skip
-    chosen = np.array(best[-1][1] if best else [], int)
+        steps = [
+            np.append(sums[:i] + v * (n - below[:i]), v * n)
+            for i, (v, n) in enumerate(zip(values, below, strict=True))
+        ]
+        sums = np.array([step.min() for step in steps])
+        before.append(np.array([(s.argmin() + 1) % len(s) - 1 for s in steps]))
+    chosen, last = [], len(values) - 1
+    for previous in reversed(before):
+        if last >= 0:
+            chosen.append(values[last])
+            last = previous[last]
+    chosen = np.array(chosen[::-1], int)
     return chosen[np.searchsorted(chosen, longest)].tolist()
 
 

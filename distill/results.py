@@ -11,9 +11,13 @@ metric, which is what `scripts/report.py` reads:
      "time": "2026-11-21T22:50:00Z"}
 
 `key` stands for all that decided the result, and is shared by the `of` lines of one evaluation. A
-later result about the same checkpoint, task, split and decoder replaces an earlier one. The file is
-only appended to, with one write a result, so that a process that dies leaves at most one torn line,
-which is ignored.
+later result about the same checkpoint, task, split and decoder replaces an earlier one. The lines
+of its predictions have the key, too: those of an evaluation that died before it wrote its result
+are not taken for those of an earlier one.
+
+Files that grow are only appended to, with one write a result: a process that dies leaves at most
+one torn line, which is ignored, and several may write at once. On object stores (gs://), which
+cannot append, of two that do one may lose its lines.
 """
 
 import json
@@ -72,8 +76,20 @@ class Store:
     def _is_whole(self, lines: list[dict[str, Any]]) -> bool:
         predictions = lines[0].get("predictions")
         return all(line.get("of") == len(lines) for line in lines) and (
-            predictions is None or (self.folder / predictions).exists()
+            predictions is None or self._are_of(lines[0]["key"], predictions)
         )
+
+    def _are_of(self, key: str, predictions: str) -> bool:
+        """Whether the predictions are there, and this result's."""
+        path = self.folder / predictions
+        if not path.exists():
+            return False
+        with path.open("rb") as f:
+            first = f.readline()
+        try:
+            return not first or json.loads(first).get("key") == key  # training may keep none
+        except (AttributeError, ValueError):
+            return False
 
     def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Appends the lines of one result."""
@@ -91,11 +107,13 @@ def append(path: epath.Path, text: str) -> None:
         before = path.read_text() if path.exists() else ""
         path.write_text(before + ("\n" if before and not before.endswith("\n") else "") + text)
         return
-    with open(os.fspath(path), "ab+") as f:
+    content = text.encode()
+    # Unbuffered: a buffer would write much text in parts, and other processes in between.
+    with open(os.fspath(path), "ab+", buffering=0) as f:
         if f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n":
-            text = "\n" + text
-        f.write(text.encode())
-        f.flush()
+            content = b"\n" + content
+        while content:
+            content = content[f.write(content) :]
         os.fsync(f.fileno())
 
 

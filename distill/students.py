@@ -15,19 +15,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from distill import checkpoints, convert, data, decode, estimate, partitioning, prompts, t5
+from distill import checkpoints, cluster, convert, data, decode, estimate, partitioning, prompts, t5
 from distill import vocabulary as vocabulary_lib
 from distill.formats import hugging_face, t5x
 
 RESULTS = "inference_eval"  # the folder of a run's results, as T5X calls it
 CHOICES = ("latest", "all", "best", "specific", "every-<k>")
+# Files of a run's folder that are there before its first checkpoint.
+_LEFT_BY_TRAINING = ("config.gin", "model-info.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,15 @@ class Checkpoint:
         forms = {prompts.answering_form(name) for name in names} - {None, "explain"}
         return forms.pop() if len(forms) == 1 else None
 
+    @property
+    def explains(self) -> bool | None:
+        """Whether it learnt to answer `explain: `; None where that is not known."""
+        names = self.metadata.get("tasks") or [self.metadata.get("mixture") or ""]
+        forms = {prompts.split_name(name)[1] for name in names}
+        return None if None in forms else bool(forms & {"explain", *prompts.MIXTURES})
 
-def find(path: str, which: str = "latest") -> list[Checkpoint]:
+
+def find(path: str, which: str = "latest", *, must_exist: bool = True) -> list[Checkpoint]:
     """Finds checkpoints, run by run, each run's by step.
 
     Args:
@@ -65,6 +74,7 @@ def find(path: str, which: str = "latest") -> list[Checkpoint]:
       which: of each run `latest`, `all`, `best` (highest accuracy on the validation split, as
         training noted it), or `every-<k>` (steps that are multiples of k). `specific` demands that
         there is only one.
+      must_exist: each of the paths must have a checkpoint. False: one without has none yet.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -74,17 +84,14 @@ def find(path: str, which: str = "latest") -> list[Checkpoint]:
     if not every and which not in CHOICES:
         raise ValueError(f"RESTORE_MODE must be one of {', '.join(CHOICES)}, not {which!r}.")
     found: list[Checkpoint] = []
-    for pattern in filter(None, (p.strip() for p in path.split(","))):
-        runs = [
-            here for folder in _folders(pattern)
-            if (here := _checkpoints(folder, must=not _is_pattern(pattern)))
-        ]  # fmt: skip
-        if not runs:
+    for pattern in paths(path):
+        runs = [run for _, run in _runs(pattern, must_exist) if run]
+        if must_exist and not runs:
             raise FileNotFoundError(f"No folder that matches {pattern} holds a checkpoint.")
         for run in runs:
             chosen = [c for c in _chosen(run, which, every and int(every[1])) if c not in found]
             found += chosen
-    if not found:
+    if must_exist and not found:
         raise FileNotFoundError(f"RESTORE_MODE={which}: no checkpoint of {path} has such a step.")
     if which == "specific" and len(found) > 1:
         raise ValueError(
@@ -92,6 +99,42 @@ def find(path: str, which: str = "latest") -> list[Checkpoint]:
             f"{found[-1].path}."
         )
     return found
+
+
+def unfinished(path: str) -> dict[str, str]:
+    """What is to write more checkpoints, and how far it is: `{"/runs/a": "at step 10 of 50"}`.
+
+    A run goes on until it has written its last checkpoint. The newest one says so: the best, or
+    every other one, may be older, and a run that was made longer has passed what was its last step.
+    Of the folders that a pattern matches, one without a checkpoint is such a run where training has
+    begun. Checkpoints of other formats, and single ones, are what they are.
+
+    Args:
+      path: as in `find`; what does not exist is to come.
+    """
+    left: dict[str, str] = {}
+    for pattern in paths(path):
+        runs = list(_runs(pattern, must_exist=False))
+        found = sorted((c for _, run in runs for c in run), key=lambda c: c.step or 0)
+        newest = {c.run: c for c in found}
+        begun = [
+            str(folder) for folder, run in runs
+            if not run and any((folder / name).exists() for name in _LEFT_BY_TRAINING)
+        ]  # fmt: skip
+        if not newest and not begun:
+            begun = [pattern]
+        left |= dict.fromkeys(begun, "without a checkpoint")
+        for run, checkpoint in newest.items():
+            last = checkpoint.metadata.get("last_step", checkpoint.step)
+            single = not _is_pattern(pattern) and checkpoint.path == absolute(pattern)
+            if checkpoint.step != last and not single:
+                left[str(run)] = f"at step {checkpoint.step} of {last}"
+    return left
+
+
+def paths(path: str) -> list[str]:
+    """The paths and patterns in one text, which are separated by commas."""
+    return [stripped for part in path.split(",") if (stripped := part.strip())]
 
 
 def absolute(folder: epath.PathLike) -> epath.Path:
@@ -116,10 +159,18 @@ def _folders(pattern: str) -> list[epath.Path]:
     return sorted(match for match in matches if match.is_dir())
 
 
+def _runs(pattern: str, must_exist: bool) -> Iterator[tuple[epath.Path, list[Checkpoint]]]:
+    """Yields each folder of a pattern, and its checkpoints by step."""
+    for folder in _folders(pattern):
+        yield folder, _checkpoints(folder, must=must_exist and not _is_pattern(pattern))
+
+
 def _checkpoints(folder: epath.Path, must: bool) -> list[Checkpoint]:
     """All checkpoints of a run, or the one that the folder is."""
     folder = absolute(folder)
     if not folder.is_dir():
+        if not must:
+            return []
         raise FileNotFoundError(f"No checkpoint at {folder}: there is no such folder.")
     if t5x.is_t5x(folder):
         return [_foreign(folder, folder.parent)]
@@ -141,12 +192,27 @@ def _checkpoints(folder: epath.Path, must: bool) -> list[Checkpoint]:
             f"No checkpoint in {folder}: give a run's MODEL_DIR, one checkpoint_<step> folder, a "
             f"folder of T5X, or one in Hugging Face's format (--gin.CHECKPOINT_PATH=...).{hint}"
         )
-    return [
-        Checkpoint(
-            c, c.parent, metadata["step"], checkpoints.fingerprint(c), metadata
-        )
-        for c in ours for metadata in [checkpoints.read_metadata(c)]
-    ]  # fmt: skip
+    return [checkpoint for c in ours if (checkpoint := _ours(c))]
+
+
+def _ours(folder: epath.Path) -> Checkpoint | None:
+    """One checkpoint; None where the run has deleted it since it was listed."""
+    try:
+        facts = checkpoints.read_metadata(folder)
+        fingerprint = checkpoints.fingerprint(folder)
+    except (FileNotFoundError, ValueError):
+        if _fingerprint(folder) is not None:
+            raise  # it is there, and damaged
+        return None
+    return Checkpoint(folder, folder.parent, facts["step"], fingerprint, facts)
+
+
+def _fingerprint(folder: epath.Path) -> str | None:
+    """None where there is no checkpoint; a delete takes the manifest first."""
+    try:
+        return checkpoints.fingerprint(folder)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _step_of(folder: epath.Path) -> int | None:
@@ -195,10 +261,7 @@ def is_there(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is still what `find` saw; a run deletes its old ones, file by file."""
     if not checkpoint.metadata:
         return checkpoint.path.is_dir()
-    try:
-        return checkpoints.fingerprint(checkpoint.path) == checkpoint.fingerprint
-    except (FileNotFoundError, ValueError):
-        return False
+    return _fingerprint(checkpoint.path) == checkpoint.fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +315,7 @@ class Student:
 
 
 def load(checkpoint: Checkpoint, vocabulary: str | None = None) -> Student:
-    """Reads a checkpoint's parameters onto all devices.
+    """Reads a checkpoint's parameters onto all devices; on all processes, or on none.
 
     Args:
       checkpoint: from `find`.
@@ -262,10 +325,11 @@ def load(checkpoint: Checkpoint, vocabulary: str | None = None) -> Student:
       FileNotFoundError: the checkpoint has gone, or there is no such vocabulary.
       ValueError: it is damaged, no T5, or the vocabulary is not the student's.
     """
-    known = vocabulary_lib.load(vocabulary_of(checkpoint, vocabulary))
-    weights = convert.open_weights(str(checkpoint.path))
+    known = cluster.together(lambda: vocabulary_lib.load(vocabulary_of(checkpoint, vocabulary)))
+    weights = cluster.together(lambda: convert.open_weights(str(checkpoint.path)))
     net, mesh = _network(weights.model)
-    params = convert.load(weights, weights.model, abstract_params(net, mesh))
+    abstract = abstract_params(net, mesh)
+    params = cluster.together(lambda: convert.load(weights, weights.model, abstract))
     lengths = checkpoint.metadata.get("data", {}).get("lengths", data.MAX_LENGTHS)
     return Student(params, net, mesh, known, lengths)
 

@@ -179,7 +179,9 @@ def register(
     `inputs_pretokenized`, `targets_pretokenized`, `example_id`, `label` (gold, "" where none), and
     as int32 `loss_group`, `choice` and `loss_weight` (thousandths: that of the answer for targets
     with a rationale and for teacher labels, else 1000). In validation and test there are also the
-    texts `teacher` (its label), `teacher_rationale` and `options`, one a line; "" where none.
+    texts `teacher` (its label), `teacher_rationale`, `human_rationale` in place of that where the
+    split's answers have no label at all and so are people's, and `options`, one a line; "" where
+    none.
 
     Args:
       name: of the dataset.
@@ -298,7 +300,8 @@ def _dataset_fn(
         types |= dict.fromkeys(("loss_group", "choice", "loss_weight"), tf.int32)
         if split != "train":
             types |= dict.fromkeys(_OF_EVALUATION, tf.string)
-            texts = {row.id: _of_evaluation(row, options) for row in rows}
+            human = not sources.gives_labels(rows)
+            texts = {row.id: _of_evaluation(row, options, human) for row in rows}
             examples = [e | texts[e["example_id"]] for e in examples]
         return tf.data.Dataset.from_tensor_slices(
             {
@@ -311,13 +314,14 @@ def _dataset_fn(
 
 
 # What evaluation shows and scores beside the label.
-_OF_EVALUATION = ("teacher", "teacher_rationale", "options")
+_OF_EVALUATION = ("teacher", "teacher_rationale", "options", "human_rationale")
 
 
-def _of_evaluation(row: sources.Row, options: Options) -> dict[str, str]:
+def _of_evaluation(row: sources.Row, options: Options, human: bool) -> dict[str, str]:
     said = row.teacher or (row.rationales[0] if row.rationales else sources.Answer())
     allowed = options(row.input) if callable(options) else options
-    values = (said.label or "", said.rationale or "", "\n".join(allowed))
+    teachers, humans = ("", said.rationale) if human else (said.rationale, "")
+    values = (said.label or "", teachers or "", "\n".join(allowed), humans or "")
     return dict(zip(_OF_EVALUATION, values, strict=True))
 
 
@@ -681,8 +685,8 @@ def tokenized_rows(task_name: str, split: str) -> Iterator[dict[str, Any]]:
 
     Yields:
       `inputs`, `targets` (int32 [length]), `inputs_pretokenized`, `targets_pretokenized`,
-      `example_id`, `label`, `teacher`, `teacher_rationale`, `options` (str), `loss_group`, `choice`
-      and `loss_weight` (int; see `register`).
+      `example_id`, `label`, `teacher`, `teacher_rationale`, `options`, `human_rationale` (str),
+      `loss_group`, `choice` and `loss_weight` (int; see `register`).
       A SeqIO task from elsewhere gets defaults: example_id "<task>/<split>/<i>", label = the
       target's text, loss_group 0, choice 0, loss_weight 1000.
 

@@ -29,12 +29,12 @@ from distill import (
     cluster,
     convert,
     estimate,
-    evaluate,
     objectives,
     optim,
     packing,
     partitioning,
     results,
+    scoring,
     students,
     t5,
 )  # fmt: skip
@@ -119,7 +119,7 @@ class TrainResult:
     step: int
     examples: int
     tokens: int
-    scores: list[evaluate.Score]
+    scores: list[scoring.Score]
 
 
 # --- One step -------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def train(
         ))  # fmt: skip
 
     # 4. The loop. The metrics of a step are fetched after the next one is under way.
-    def save(step: int, scores: list[evaluate.Score]) -> None:
+    def save(step: int, scores: list[scoring.Score]) -> None:
         accuracy = [s.values["accuracy"] for s in scores if "accuracy" in s.values]
         metadata = {
             "step": step, **dataclasses.asdict(progress), **facts,
@@ -414,7 +414,7 @@ def train(
         metric = float(np.mean(accuracy)) if accuracy else None
         saver.save(step, tree, metadata, metric)
 
-    scores: list[evaluate.Score] = []
+    scores: list[scoring.Score] = []
     share, shares = partitioning.batch_share(devices)
     window = _Window(period, learning_rate, base_step)
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -472,7 +472,7 @@ def train(
         if test is not None:
             scores = scores + examine(test, state.params, last_step, progress, writer, bar)
     if scores and is_writer:
-        print(evaluate.table([(f"checkpoint_{last_step}", s) for s in scores]), flush=True)
+        print(scoring.table([(f"checkpoint_{last_step}", s) for s in scores]), flush=True)
     return TrainResult(last_step, progress.examples, progress.tokens, scores)
 
 
@@ -540,7 +540,7 @@ def _held_out(config: data_lib.DataConfig, split: str, shards: int) -> _HeldOut 
         return None
     for task in corpus.tasks:
         for name in task.metrics:
-            evaluate.metric_function(name)  # one that cannot be imported is an error now
+            scoring.metric_function(name)  # one that cannot be imported is an error now
     return _HeldOut(corpus, data_lib.TrainBatches(corpus, config, row_multiple=shards))
 
 
@@ -778,7 +778,7 @@ def _evaluate(
     held_out: _HeldOut, params, step: int, progress: _Progress, writer: results.MetricWriter,
     bar: tqdm, *, config: TrainConfig, net: t5.T5, objective, eval_fn, vocabulary, mesh,
     row_lengths, facts,
-) -> list[evaluate.Score]:  # fmt: skip
+) -> list[scoring.Score]:  # fmt: skip
     """Loss under teacher forcing, and greedy accuracy, on a split; both written and shown."""
     corpus, total = held_out.corpus, None
     share, shares = partitioning.batch_share(mesh)
@@ -792,20 +792,20 @@ def _evaluate(
     scalars = {name: float(value) for name, value in summary.items()}
     writer.write(f"training_eval/{corpus.name}/{corpus.split}", step, scalars)
     student = students.Student(params, net, mesh, vocabulary, row_lengths)
-    how = evaluate.Answering(num_examples=config.evaluator_num_examples)
+    how = scoring.Answering(num_examples=config.evaluator_num_examples)
     folder = students.absolute(config.model_dir)
     about = {**dataclasses.asdict(progress), **facts}
     now = students.Checkpoint(folder / f"checkpoint_{step}", folder, step, "", about)
     scores = []
-    for task in evaluate.scored(corpus):
-        score = evaluate.score(student, task, corpus.split, how)
+    for task in scoring.scored(corpus):
+        score = scoring.score(student, task, corpus.split, how)
         scores.append(score)
         seen = {"tokens": progress.tokens, "examples": progress.examples}
         writer.write(
             f"{students.RESULTS}/{score.task}/{score.split}", step, {**score.scalars, **seen}
         )
         if jax.process_index() == 0:
-            evaluate.keep(
+            scoring.keep(
                 folder / students.RESULTS, f"{score.split}/{score.task}-{step:06}.jsonl",
                 f"training/{step}/{score.task}/{score.split}", score, now, task,
                 most=config.json_write_n_results,

@@ -7,7 +7,7 @@ Give eval.gin and macros (upper case):
   RESTORE_MODE          of each run: latest, all, best, every-<k> (steps that are multiples of k)
   MIXTURE_OR_TASK_NAME  tasks, mixtures or datasets, with commas; what the run was trained on
                         otherwise
-  SPLIT                 validation; test only when you say so
+  SPLIT                 validation; test, or train, only when you say so
   DECODER               greedy, beam (BEAM_SIZE) or sample (NUM_SAMPLES, TEMPERATURE, ...)
   ANSWER_BY             generation, or likelihood: the most probable of the labels of a task
   EXPLAIN               also write rationales

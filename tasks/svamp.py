@@ -87,15 +87,10 @@ def reference_accuracy(targets, predictions):
     """Returns the teacher's accuracy as published, where Python's `eval` gave the values.
 
     To `eval`, `a and b` is b, so that two of the 800 train answers, such as
-    `((29/2) and (30/2))`, count as right: 0.7350. By `equation_accuracy`, which scores the student,
-    they do not parse: 0.7325. The test split has 0.7400 both ways.
+    `((29/2) and (30/2))`, count as right: 0.7350. By the `accuracy` that scores the student they do
+    not parse: 0.7325. The test split has 0.7400 both ways.
     """
-    values = []
-    for text in predictions:
-        last = text.rpartition(" and ")[2]
-        unopened = max(0, last.count(")") - last.count("("))
-        values.append(last[: len(last) - unopened])
-    return metrics.equation_accuracy(targets, values)
+    return {"accuracy": metrics.equation_accuracy(targets, predictions)["reference_accuracy"]}
 
 
 def original_example(fields):

@@ -85,8 +85,8 @@ def predict(example: dict, skill: float, rng) -> dict:
     right = bool(rng.random() < 1 / (1 + math.exp(-2.5 * (skill - example["hard"]))))
     said = example["label"] if right else str(rng.choice(example["wrong"]))
     rationale = example["teacher_rationale"] if right else example["teacher_rationale"][:60]
-    shared = ("example_id", "input", "label", "teacher", "teacher_rationale")
-    return {name: example[name] for name in shared} | {
+    shared = ("example_id", "input", "label", "teacher", "teacher_rationale", "human_rationale")
+    return {name: example.get(name) for name in shared} | {
         "prediction": said, "generated": said, "correct": right, "rationale": rationale,
         "probability": round(float(rng.beta(6, 2) if right else rng.beta(3, 4)), 4),
     }  # fmt: skip

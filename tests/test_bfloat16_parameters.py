@@ -23,6 +23,7 @@ from distill import (
     objectives,
     optim,
     partitioning,
+    scoring,
     students,
     t5,
     train,
@@ -208,7 +209,7 @@ def test_another_type_is_no_way_to_resume(uninterrupted, cache):
 def test_its_checkpoints_evaluate_and_export(uninterrupted, tmp_path, cache):
     config = evaluate.EvaluateConfig(
         str(uninterrupted), cache_dir=cache, eval_output_dir=str(tmp_path / "scores"),
-        answering=evaluate.Answering(num_examples=4),
+        answering=scoring.Answering(num_examples=4),
     )  # fmt: skip
     assert evaluate.evaluate(config)[0][1].n == 4
     weights = convert.open_weights(str(uninterrupted))

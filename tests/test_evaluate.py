@@ -27,6 +27,7 @@ from distill import (
     metrics,
     partitioning,
     results,
+    scoring,
     students,
     t5,
 )
@@ -79,7 +80,7 @@ def run(tmp_path_factory):
 
 
 def config(path, rows, output=None, number=8, answering=None, **settings):
-    how = answering or evaluate.Answering(num_examples=number)
+    how = answering or scoring.Answering(num_examples=number)
     return evaluate.EvaluateConfig(
         str(path), cache_dir=rows, eval_output_dir=output and str(output), answering=how, **settings
     )
@@ -159,13 +160,52 @@ def test_the_tasks_of_a_mixture_of_ones_own_tell_the_form(tmp_path):
     save(tmp_path, 1, 0, mixture="my_mixture")
     (checkpoint,) = students.find(str(tmp_path))
     assert checkpoint.form is None
-    for tasks, form in (
-        (["a_explain", "a_predict", "b_predict_llm"], "predict"),
-        (["a_label", "a_predict"], None),
-        (["mine"], None),
+    for tasks, form, explains in (
+        (["a_explain", "a_predict", "b_predict_llm"], "predict", True),
+        (["a_predict"], "predict", False),
+        (["a_label", "a_predict"], None, False),
+        (["mine"], None, None),
     ):
         told = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, "tasks": tasks})
-        assert told.form == form
+        assert (told.form, told.explains) == (form, explains)
+    for mixture, explains in (("all_step_by_step_llm", True), ("a_label", False), ("mine", None)):
+        told = dataclasses.replace(checkpoint, metadata={"mixture": mixture})
+        assert told.explains == explains
+
+
+def test_who_cannot_explain_is_not_asked_to_and_it_is_said_once(tmp_path, rows, caplog, capsys):
+    save(tmp_path / "run", 1, 0, mixture="arithmetic_label")
+    save(tmp_path / "run", 2, 0, mixture="arithmetic_label")
+    path = tmp_path / "run"
+    evaluate.evaluate(config(path, rows, restore_mode="all"))
+    asked = scoring.Answering(explain=True, num_examples=8)
+    evaluate.evaluate(config(path, rows, restore_mode="all", answering=asked))
+    assert computed(capsys) == 0  # it changes nothing
+    (said,) = [message for message in caplog.messages if "EXPLAIN" in message]
+    assert f"no effect on {path}, arithmetic_label" in said
+    assert "trained on 'arithmetic_label'" in said
+    # A target that holds both is explained in any case.
+    (single,) = toy(tmp_path, "rationale_label", {}).tasks
+    evaluate._answering(config(path, rows, answering=asked), students.find(str(path))[0], single)
+    assert [message for message in caplog.messages if "EXPLAIN" in message] == [said]
+
+
+def test_the_table_alone_is_on_standard_output(run, rows, tmp_path, capsys):
+    found = evaluate.evaluate(config(run, rows, tmp_path, mixture_or_task_name="arithmetic"))
+    said = capsys.readouterr()
+    table, last = said.out[:-1].rsplit("\n", 1)
+    assert table == scoring.table(found) and last.startswith(
+        "1 results of 1 checkpoint: 1 computed"
+    )
+    assert "checkpoint_50, arithmetic_predict, validation: accuracy" in said.err
+
+
+def test_the_train_split_is_evaluated_where_it_is_asked_for(run, rows, tmp_path):
+    settings = dict(mixture_or_task_name="arithmetic", split="train")
+    ((_, score),) = evaluate.evaluate(config(run, rows, tmp_path, **settings))
+    assert (score.split, score.n) == ("train", 8)
+    (row, *_) = predictions(tmp_path, "arithmetic_predict-000050.jsonl")
+    assert row["example_id"].startswith("arithmetic/train/") and row["label"]
 
 
 def test_unknown_tasks_are_named(run, rows):
@@ -175,7 +215,7 @@ def test_unknown_tasks_are_named(run, rows):
 
 def test_settings_are_checked():
     for settings, message in (
-        (dict(split="dev"), "SPLIT must be"),
+        (dict(split="dev"), "SPLIT must be 'validation', 'test' or 'train', not 'dev'"),
         (dict(wait_minutes=0), "WAIT_MINUTES must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -187,7 +227,7 @@ def test_settings_are_checked():
         (dict(by="likelihood", decoding=decode.Decoding("beam")), "DECODER has no effect"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.Answering(**settings)
+            scoring.Answering(**settings)
 
 
 # --- Nothing twice --------------------------------------------------------------------------------
@@ -222,7 +262,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(run, rows, tmp_path, capsys):
 
     again = evaluate.evaluate(config(run, rows, output, **everything))
     assert computed(capsys) == 15 - there
-    assert evaluate.table(again) == evaluate.table(whole)
+    assert scoring.table(again) == scoring.table(whole)
     assert again == whole
     evaluate.evaluate(config(run, rows, output, **everything))
     assert computed(capsys) == 0
@@ -236,25 +276,69 @@ def test_what_changed_is_computed_anew(run, rows, tmp_path, capsys):
     for change in (
         dict(number=9),
         dict(split="test"),
-        dict(answering=evaluate.Answering(decode.Decoding("beam", beam_size=2), num_examples=8)),
-        dict(answering=evaluate.Answering(explain=True, num_examples=8)),
+        dict(answering=scoring.Answering(decode.Decoding("beam", beam_size=2), num_examples=8)),
+        dict(answering=scoring.Answering(explain=True, num_examples=8)),
     ):
         evaluate.evaluate(config(folder, rows, **change))
         assert computed(capsys) == 1, change
-    evaluate.evaluate(config(folder, rows, answering=evaluate.Answering(
+    evaluate.evaluate(config(folder, rows, answering=scoring.Answering(
         explain=True, num_examples=8, batch_size=3)))  # fmt: skip
     assert computed(capsys) == 0  # the batch size changes no result
     save(other := tmp_path / "other", 1, 1)
     (folder / "checkpoint_1").rename(tmp_path / "old")
     (other / "checkpoint_1").rename(folder / "checkpoint_1")
-    evaluate.evaluate(config(folder, rows, answering=evaluate.Answering(
+    evaluate.evaluate(config(folder, rows, answering=scoring.Answering(
         explain=True, num_examples=8)))  # fmt: skip
     assert computed(capsys) == 1
     (file,) = folder.glob("inference_eval/validation/arithmetic_predict-000001.jsonl")
     file.unlink()
-    evaluate.evaluate(config(folder, rows, answering=evaluate.Answering(
+    evaluate.evaluate(config(folder, rows, answering=scoring.Answering(
         explain=True, num_examples=8)))  # fmt: skip
     assert computed(capsys) == 1 and file.exists()
+
+
+def test_predictions_of_another_evaluation_are_not_taken_for_a_results_own(
+    run, rows, tmp_path, monkeypatch, capsys
+):
+    """One that dies between its predictions and its result leaves another's result without."""
+    evaluate.evaluate(config(run, rows, tmp_path, number=8))
+
+    def killed(store, lines):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(results.Store, "add", killed)
+        evaluate.evaluate(config(run, rows, tmp_path, number=4))
+    assert len(predictions(tmp_path, "arithmetic_predict-000050.jsonl")) == 4
+    capsys.readouterr()
+    evaluate.evaluate(config(run, rows, tmp_path, number=8))
+    assert computed(capsys) == 1
+    assert len(predictions(tmp_path, "arithmetic_predict-000050.jsonl")) == 8
+
+
+KEEP = """
+import sys
+from etils import epath
+from distill import metrics, scoring, students
+folder = epath.Path(sys.argv[1])
+found = scoring.Score("t", "d", "test", "greedy", 1, {
+    f"metric_{i}": metrics.Estimate(0.5, 1, 0.1, 0.4, 0.6) for i in range(100)
+})
+for step in range(int(sys.argv[2]), 100, 2):
+    checkpoint = students.Checkpoint(folder / f"checkpoint_{step}", folder, step, "")
+    scoring.keep(folder, f"test/t-{step:06}.jsonl", f"key {step}", found, checkpoint, None)
+"""
+
+
+def test_two_evaluations_beside_each_other_lose_no_line(tmp_path):
+    started = [
+        subprocess.Popen([sys.executable, "-c", KEEP, str(tmp_path), first]) for first in "01"
+    ]
+    assert [process.wait() for process in started] == [0, 0]
+    metrics_of = (tmp_path / "test/t-metrics.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["step"] for line in metrics_of) == list(range(100))
+    complete = results.Store(tmp_path).complete()
+    assert {lines[0]["step"] for lines in complete.values()} == set(range(100))
 
 
 def test_the_model_compiles_once_for_all_checkpoints(run, rows, tmp_path):
@@ -262,7 +346,7 @@ def test_the_model_compiles_once_for_all_checkpoints(run, rows, tmp_path):
     programs = []
     for number, which in enumerate(("latest", "all")):
         jax.clear_caches()
-        with jax.log_compiles(), _counted() as names:
+        with jax.log_compiles(), counted() as names:
             evaluate.evaluate(
                 config(run, rows, tmp_path / str(number), restore_mode=which, **settings)
             )
@@ -270,7 +354,7 @@ def test_the_model_compiles_once_for_all_checkpoints(run, rows, tmp_path):
     assert programs[0] == programs[1] > 0
 
 
-class _counted:
+class counted:
     """Collects what jax says it compiles."""
 
     def __enter__(self):
@@ -310,6 +394,42 @@ def test_evaluation_follows_a_run_until_it_ends(tmp_path, rows, capsys, monkeypa
     assert computed(capsys) == 2
 
 
+@pytest.mark.parametrize("path", ["{0}/a,{0}/b", "{0}/*"])
+def test_what_is_there_is_evaluated_while_another_run_is_waited_for(
+    tmp_path, rows, capsys, monkeypatch, path
+):
+    monkeypatch.setattr(evaluate, "POLL_SECONDS", 0.05)
+    save(tmp_path / "runs" / "a", 50, 0)  # has ended
+    (tmp_path / "runs" / "b").mkdir()
+    (tmp_path / "runs" / "b" / "config.gin").touch()  # has begun
+    store, when = results.Store(tmp_path / "out"), []
+
+    def later():
+        while not store.complete():
+            time.sleep(0.1)
+        when.append(len(store.complete()))
+        save(tmp_path / "runs" / "b", 50, 1)
+
+    writer = threading.Thread(target=later, daemon=True)
+    writer.start()
+    settings = dict(mixture_or_task_name="arithmetic", wait_minutes=2)
+    path = path.format(tmp_path / "runs")
+    found = evaluate.evaluate(config(path, rows, tmp_path / "out", **settings))
+    assert [name for name, _ in found] == ["a/checkpoint_50", "b/checkpoint_50"]
+    assert computed(capsys) == 2 and when
+
+
+def test_a_path_that_was_waited_for_in_vain_is_named(tmp_path, rows, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "POLL_SECONDS", 0.05)
+    save(tmp_path / "a", 50, 0)
+    settings = config(f"{tmp_path}/a,{tmp_path}/typo", rows, wait_minutes=0.01)
+    with pytest.raises(
+        ValueError, match=r"could not be evaluated:\n.*/typo: no checkpoint in 0.01"
+    ):
+        evaluate.evaluate(settings)
+    assert "a/checkpoint_50" in capsys.readouterr().out
+
+
 def test_waiting_ends_when_nothing_comes(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(evaluate, "POLL_SECONDS", 0.05)
     save(tmp_path / "run", 10, 10)  # of 50
@@ -335,7 +455,7 @@ def test_one_damaged_checkpoint_does_not_hide_the_others(tmp_path, rows, capsys)
 
 
 def test_results_tell_all_about_an_evaluation(run, rows, tmp_path):
-    how = evaluate.Answering(num_examples=12, explain=True)
+    how = scoring.Answering(num_examples=12, explain=True)
     ((name, score),) = evaluate.evaluate(
         config(run, rows, tmp_path, mixture_or_task_name="arithmetic_noisy", answering=how)
     )
@@ -363,7 +483,7 @@ def test_results_tell_all_about_an_evaluation(run, rows, tmp_path):
 
 
 def test_choosing_by_likelihood(run, rows, tmp_path):
-    how = evaluate.Answering(by="likelihood", num_examples=6)
+    how = scoring.Answering(by="likelihood", num_examples=6)
     evaluate.evaluate(config(run, rows, tmp_path, mixture_or_task_name="arithmetic", answering=how))
     found = predictions(tmp_path, "arithmetic_predict-likelihood-000050.jsonl")
     student = students.load(*students.find(str(run)))
@@ -399,12 +519,12 @@ def test_choosing_by_likelihood(run, rows, tmp_path):
     ],
 )
 def test_votes(answers, expected):
-    assert evaluate.vote(answers) == expected
+    assert scoring.vote(answers) == expected
 
 
 def test_samples_vote(run, rows, tmp_path):
     decoding = decode.Decoding("sample", num_samples=5, temperature=0.5, seed=3)
-    how = evaluate.Answering(decoding, num_examples=4)
+    how = scoring.Answering(decoding, num_examples=4)
     settings = dict(mixture_or_task_name="arithmetic", answering=how)
     evaluate.evaluate(config(run, rows, tmp_path, **settings))
     found = predictions(tmp_path, f"arithmetic_predict-{decoding.name}-000050.jsonl")
@@ -438,7 +558,7 @@ def test_other_formats_give_the_same_answers(run, rows, tmp_path, kind):
 # --- One task -------------------------------------------------------------------------------------
 
 
-def toy(folder, form, row):
+def toy(folder, form, row, made=None, split="test"):
     facts = {
         "name": "toy", "rate": 1.0, "metrics": ["distill.metrics.label_accuracy"],
         "dataset": "toy", "answer_form": form,
@@ -446,12 +566,13 @@ def toy(folder, form, row):
     rows = [
         {
             "inputs": np.array([5, 1]), "targets": np.array([6, 1]), "inputs_pretokenized": "x",
-            "example_id": f"toy/{i}", "label": label, "loss_group": 0, "choice": 0,
-            "loss_weight": 1000, **row,
+            "loss_group": 0, "choice": 0, "loss_weight": 1000, **own, **row,
         }
-        for i, label in enumerate(["yes", "no"])
+        for own in made or [
+            {"example_id": f"toy/{i}", "label": label} for i, label in enumerate(["yes", "no"])
+        ]
     ]  # fmt: skip
-    generation = cache.write_generation(folder, "toy", "test", [(facts, None, rows)])
+    generation = cache.write_generation(folder, "toy", split, [(facts, None, rows)])
     return cache.open_generation(folder / generation)
 
 
@@ -479,7 +600,7 @@ def test_the_answer_in_the_text_is_scored(
 ):
     generated = ["It rains. So the answer is yes", "It rains and so on and no"]
     student, asked = fixed_student(monkeypatch, generated)
-    (score,) = evaluate.score_tasks(student, toy(tmp_path, form, {}))
+    (score,) = scoring.score_tasks(student, toy(tmp_path, form, {}))
     assert (score.values["accuracy"], asked[0][1]) == (accuracy, length)
     assert [p["generated"] for p in score.predictions] == generated
     assert [p["rationale"] for p in score.predictions] == rationales
@@ -488,11 +609,36 @@ def test_the_answer_in_the_text_is_scored(
     )
 
 
+def test_an_example_of_the_train_split_is_asked_once_and_needs_a_gold_label(monkeypatch, tmp_path):
+    """There it has a row for each rationale, and inputs of a pool have no label."""
+    student, asked = fixed_student(monkeypatch, ["yes", "no"])
+    labels = {"a": "yes", "b": "", "c": "yes"}
+    made = [
+        {"example_id": name, "label": labels[name], "choice": choice}
+        for name, choice in (("a", 0), ("a", 1), ("b", 0), ("c", 0), ("c", 1))
+    ]
+    (score,) = scoring.score_tasks(student, toy(tmp_path, "label", {}, made, "train"))
+    assert len(asked[0][0]) == 2 and (score.n, score.values["accuracy"]) == (2, 0.5)
+    assert [p["example_id"] for p in score.predictions] == ["a", "c"]
+    with pytest.raises(ValueError, match="No example of toy, train, has a gold label"):
+        scoring.score_tasks(student, toy(tmp_path, "label", {}, [made[2]], "train"))
+
+
+def test_a_rationale_of_people_is_a_reference_and_no_teachers(monkeypatch, tmp_path):
+    student, _ = fixed_student(monkeypatch, ["It rains. So the answer is yes", "no"])
+    row = {"human_rationale": "It rains."}
+    (score,) = scoring.score_tasks(student, toy(tmp_path, "rationale_label", row))
+    for prediction in score.predictions:
+        assert prediction["human_rationale"] == "It rains."
+        assert prediction["teacher"] is prediction["teacher_rationale"] is None
+    assert score.values["rouge_l"] == 0.5 and "teacher_agreement" not in score.values
+
+
 @pytest.mark.parametrize("trained, kept", [(64, 1024), (1500, 1500)])
 def test_inputs_are_cut_where_the_student_was_trained(monkeypatch, tmp_path, trained, kept):
     student, asked = fixed_student(monkeypatch, ["yes", "no"], {"inputs": trained, "targets": 32})
     corpus = toy(tmp_path, "label", {"inputs": np.append(np.full(1999, 5), 1)})
-    assert evaluate.score_tasks(student, corpus)[0].values["accuracy"] == 1
+    assert scoring.score_tasks(student, corpus)[0].values["accuracy"] == 1
     assert [len(x) for x in asked[0][0]] == [kept] * 2 and asked[0][0][0][-1] == 1
 
 
@@ -508,11 +654,9 @@ def test_a_host_encodes_inputs_as_the_tasks_do(run, rows):
 def test_the_table_has_a_column_a_dataset():
     def score(dataset, value):
         estimate = metrics.Estimate(value, 10, 0.1, value - 0.1, value + 0.1)
-        return evaluate.Score("t", dataset, "test", "greedy", 10, {"accuracy": estimate})
+        return scoring.Score("t", dataset, "test", "greedy", 10, {"accuracy": estimate})
 
-    text = evaluate.table(
-        [("a", score("x", 0.5)), ("a", score("y", 0.25)), ("b", score("x", 0.75))]
-    )
+    text = scoring.table([("a", score("x", 0.5)), ("a", score("y", 0.25)), ("b", score("x", 0.75))])
     header, first, second = text.splitlines()
     assert header.split("  ")[0] == "checkpoint" and "x test, accuracy (n = 10)" in header
     assert "0.5000 [0.4000, 0.6000]" in first and "0.2500 [0.1500, 0.3500]" in first
@@ -537,9 +681,9 @@ def test_students_are_sharded_over_all_devices(run):
 def test_two_tasks_of_a_dataset_have_two_columns():
     def score(task, value):
         estimate = metrics.Estimate(value, 10, 0.1, value, value)
-        return evaluate.Score(task, "x", "test", "greedy", 10, {"accuracy": estimate})
+        return scoring.Score(task, "x", "test", "greedy", 10, {"accuracy": estimate})
 
-    text = evaluate.table([("a", score("x_predict", 0.5)), ("a", score("x_label", 0.25))])
+    text = scoring.table([("a", score("x_predict", 0.5)), ("a", score("x_label", 0.25))])
     assert "x_predict test" in text and "x_label test" in text
     assert "0.5000" in text and "0.2500" in text
 
@@ -562,15 +706,33 @@ def test_steps_that_are_not_there_are_said(run):
         students.find(str(run), "every-7")
 
 
-def test_waiting_asks_the_newest_checkpoint_whether_a_run_has_ended(tmp_path, rows, capsys):
+def test_a_run_goes_on_until_its_newest_checkpoint_is_the_last(tmp_path, rows, capsys):
     save(tmp_path, 10, 0, last_step=10)  # ended, and was then made longer
     save(tmp_path, 15, 1, last_step=20)
-    settings = config(tmp_path, rows, restore_mode="all", wait_minutes=1)
-    assert not evaluate._has_ended(settings)
+    assert students.unfinished(str(tmp_path)) == {str(tmp_path): "at step 15 of 20"}
     save(tmp_path, 20, 2, last_step=20)
     started = time.monotonic()  # the last one is none of those that are evaluated
-    evaluate.evaluate(dataclasses.replace(settings, restore_mode="every-15"))
+    settings = config(tmp_path, rows, restore_mode="every-15", wait_minutes=1)
+    evaluate.evaluate(settings)
     assert computed(capsys) == 1 and time.monotonic() - started < 50
+
+
+def test_what_is_still_to_come(tmp_path):
+    save(tmp_path / "a", 50, 0)
+    save(tmp_path / "b", 40, 0)
+    for name in ("c", "d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "c" / "config.gin").touch()  # a run that has begun; d is something else
+
+    def left(*names):
+        found = students.unfinished(",".join(str(tmp_path / name) for name in names))
+        return {pathlib.Path(run).name: why for run, why in found.items()}
+
+    assert left("a") == {} == left("a", "b/checkpoint_40")
+    expected = {"b": "at step 40 of 50", "c": "without a checkpoint"}
+    assert left("*") == left("a", "b", "c") == expected
+    assert left("b/checkpoint_*") == {"b": "at step 40 of 50"}
+    assert left("a", "d", "e*") == dict.fromkeys(("d", "e*"), "without a checkpoint")
 
 
 def test_a_checkpoint_that_is_being_deleted_is_passed_over(tmp_path, rows, monkeypatch, capsys):

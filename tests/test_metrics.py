@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from distill import evaluate, metrics
+from distill import metrics, scoring
 
 
 def test_label_accuracy_ignores_outer_whitespace_only():
@@ -30,7 +30,7 @@ def test_metrics_have_the_form_that_seqio_asks_for(fn):
 
 def test_metrics_are_found_by_the_name_that_a_task_keeps():
     for name, fn in metrics.METRICS.items():
-        assert evaluate.metric_function(f"{fn.__module__}.{fn.__name__}") is fn
+        assert scoring.metric_function(f"{fn.__module__}.{fn.__name__}") is fn
         assert f"{fn.__module__}.{name}" == f"distill.metrics.{name}"
     assert metrics.METRICS["equation_accuracy"] is metrics.equation_accuracy
 

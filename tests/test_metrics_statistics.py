@@ -1,7 +1,9 @@
 """Standard errors, bootstrap intervals and McNemar's test, against theory and simulation."""
 
+import functools
 import math
 import random
+import re
 import time
 
 import numpy as np
@@ -107,7 +109,7 @@ def test_values_of_examples():
     np.testing.assert_array_equal(got["accuracy"], [1, 0])
 
 
-def test_a_plain_function_is_called_on_each_resample():
+def test_a_plain_function_that_is_no_mean_is_called_on_each_resample():
     calls = []
 
     def longest(targets, predictions):
@@ -115,9 +117,66 @@ def test_a_plain_function_is_called_on_each_resample():
         return {"longest": np.float32(max(map(len, predictions))), "undefined": math.nan}
 
     got = metrics.estimates(longest, list("abcd"), ["x", "xx", "xxx", "x"], resamples=20)
-    assert got.keys() == {"longest"} and calls == [4] * 21
+    assert got.keys() == {"longest"} and calls[-21:] == [4] * 21
+    assert calls[:-21] == [1] * 4 + [4]  # to see whether it is a mean
     assert (got["longest"].value, got["longest"].n, got["longest"].high) == (3, 4, 3)
     assert type(got["longest"].value) is float and got["longest"].low < 3
+
+
+def test_a_plain_function_that_is_a_mean_is_called_on_each_example():
+    """With the same intervals as if it were called on each resample."""
+    targets, predictions = labels(np.random.default_rng(5), 60)
+    calls = []
+
+    def percent(targets, predictions):
+        calls.append(len(targets))
+        right = [100.0 * (t == p) for t, p in zip(targets, predictions, strict=True)]
+        of_a = [100.0 * (p == "a") for t, p in zip(targets, predictions, strict=True) if t == "a"]
+        values = {"right": np.float32(np.mean(right))}
+        return values | ({"of_a": float(np.mean(of_a))} if of_a else {})
+
+    got = metrics.estimates(percent, targets, predictions)
+    assert len(calls) < 100 and calls.count(1) == 8 + 60
+    slow = statistics._draws(lambda i: statistics._called(percent, targets, predictions, i),
+                             60, 1000, 0)  # fmt: skip
+    for name, e in got.items():
+        assert (e.low, e.high) == pytest.approx(statistics._interval([d[name] for d in slow]))
+    assert got["right"].value == np.float32(100 * np.mean(np.equal(targets, predictions)))
+    assert got["of_a"].n == targets.count("a") < got["right"].n == 60
+
+
+@pytest.mark.parametrize("what", ["a correlation", "macro-F1 of few", "the mean at first"])
+def test_what_is_no_mean_is_not_taken_for_one(what):
+    targets, predictions = labels(np.random.default_rng(6), 40)
+
+    def plain(targets, predictions):
+        if what == "a correlation":
+            if len(targets) < 2:
+                raise ZeroDivisionError
+            return {"it": len(set(predictions)) / len(targets)}
+        if what == "macro-F1 of few":
+            return metrics.macro_f1(targets, predictions)
+        right = [t == p for t, p in zip(targets, predictions, strict=True)]
+        return {"it": float(np.mean(right)) if len(right) < 20 else float(np.median(right))}
+
+    (got,) = metrics.estimates(plain, targets, predictions, resamples=50).values()
+    called = functools.partial(statistics._called, plain, targets, predictions)
+    drawn = [list(d.values()) for d in statistics._draws(called, 40, 50, 0)]
+    assert (got.low, got.high) == statistics._interval(np.ravel(drawn))
+
+
+def test_a_slow_function_gets_fewer_resamples_and_it_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(statistics, "_PATIENCE", 0.3)
+
+    def slow(targets, predictions):
+        time.sleep(0.01)
+        return {"slow": float(len(set(predictions)))}
+
+    started = time.monotonic()
+    got = metrics.estimates(slow, list("abcd"), list("xyzz"))
+    assert time.monotonic() - started < 3 and got["slow"].low < got["slow"].high == 3
+    (message,) = caplog.messages
+    assert re.match(r"slow is slow: its interval is one of [2-9]\d resamples, not 1000", message)
 
 
 @pytest.mark.parametrize("right, value", [(1, 1.0), (0, 0.0)])

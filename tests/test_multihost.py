@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from test_evaluate import save
 
 from distill import checkpoints, cluster, train
 
@@ -246,6 +247,56 @@ def test_evaluation_by_two_writes_what_one_does(place, processes):
     assert _untimed(two / "results.jsonl") == _untimed(one / "results.jsonl")
     tables = [log.read_text().count("1 computed") for log in processes.logs]
     assert tables == [1, 0, 1], "only process 0 prints"
+
+
+# scripts/evaluate.py; the first checkpoint is deleted when one process has looked, the other not.
+DELETED = """
+import os
+from distill import configure, convert, evaluate, students
+real = convert.open_weights
+def late(path):
+    if path.endswith("checkpoint_1") and os.environ["ROLE"] == "late":
+        raise FileNotFoundError(path)
+    return real(path)
+convert.open_weights = late
+if os.environ["ROLE"]:
+    students.is_there = lambda checkpoint: checkpoint.step != 1
+def run(argv):
+    print("scores:", len(configure.execute(evaluate.evaluate, argv)))
+if __name__ == "__main__":
+    configure.run_main(run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["deleted", "damaged"])
+def test_a_checkpoint_that_one_process_cannot_read_is_read_by_none(
+    place, processes, tmp_path, kind
+):
+    """Nobody waits in a collective for who has gone on to the next checkpoint."""
+    for step in (1, 2):
+        save(tmp_path / "run", step, step, last_step=2)
+    if kind == "damaged":  # which the first process finds, for both
+        largest = max((tmp_path / "run/checkpoint_1").glob("**/*"), key=lambda f: f.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-1] + b"x")
+    (place / "deleted.py").write_text(DELETED)
+    settings = {
+        "CHECKPOINT_PATH": tmp_path / "run", "RESTORE_MODE": "all", "EVALUATOR_NUM_EXAMPLES": 3,
+        "CACHE_DIR": place / "cache", "MIXTURE_OR_TASK_NAME": "arithmetic_predict",
+    }  # fmt: skip
+    command = [sys.executable, str(place / "deleted.py"), "--gin_file=eval.gin"]
+    command += [f"--gin.{k}={v}" for k, v in settings.items()]
+    command.append(f"--coordinator_address=127.0.0.1:{free_port()}")
+    for index in range(2):
+        role = ("early", "late")[index] if kind == "deleted" else ""
+        env = environment(place, 2) | {"ROLE": role}
+        processes.start([*command, "--process_count=2", f"--process_index={index}"], env)
+    codes = processes.wait()
+    if kind == "damaged":
+        assert codes == [2, 2] and processes.said().count("checkpoint_1 is damaged") >= 2
+    else:
+        assert codes == [0, 0], processes.said()
+        assert processes.said().count("scores: 1") == 2 and "has gone meanwhile" in processes.said()
 
 
 def _untimed(path):

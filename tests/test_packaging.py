@@ -1,5 +1,6 @@
 """What ships: gin files that work, commands in their headers that exist, metadata that fits."""
 
+import importlib
 import pathlib
 import re
 import shlex
@@ -18,7 +19,9 @@ T5X_FILES = sorted((GIN / "t5x").glob("*.gin"))
 FILES = sorted(set(GIN.rglob("*.gin")) - set(T5X_FILES))
 MODELS = sorted((GIN / "models").rglob("*.gin"))
 RUNS = [path for path in sorted((GIN / "runs").glob("*.gin")) if not path.name.startswith("_")]
-TRAIN_RUNS = [path for path in RUNS if path.name != "eval.gin"]
+TRAIN_RUNS = [path for path in RUNS if path.name not in ("eval.gin", "teacher.gin")]
+# Script -> module of distill and function, where they are not named as the script is.
+COMMANDS = {"generate_rationales": ("teacher.generate", "generate")}
 NEEDED = ["MODEL_DIR=/tmp/x", "MIXTURE_OR_TASK_NAME=t"]
 # emb, heads, encoder layers, decoder layers, head_dim, mlp, gated: T5X and the T5 paper's table.
 SIZES = {
@@ -139,6 +142,17 @@ def test_eval():
     assert resolved.arguments()["config"].checkpoint_path == "/tmp/x"
 
 
+def test_teacher():
+    from distill.teacher import generate
+
+    given = ["MIXTURE_OR_TASK_NAME=svamp", "STORE=/tmp/x.sqlite"]
+    resolved = configure.resolve(generate.generate, ["teacher.gin"], given)
+    assert set(resolved.macros) == set(resolved.used_macros)
+    # What the file leaves alone is what the dataclasses say.
+    config = resolved.arguments()["config"]
+    assert config == generate.GenerateConfig("svamp", "/tmp/x.sqlite")
+
+
 @pytest.mark.parametrize("path", FILES, ids=short)
 def test_header_command_works(path):
     if path.name.startswith("_"):
@@ -150,8 +164,8 @@ def test_header_command_works(path):
         assert (ROOT / script).is_file()
         values = configure.parse_argv([script, *arguments])
         assert any(path.match(f"*/{name}") for name in values.gin_file)
-        module = __import__(f"distill.{pathlib.Path(script).stem}", fromlist=[""])
-        fn = getattr(module, pathlib.Path(script).stem)
+        name, function = COMMANDS.get(stem := pathlib.Path(script).stem, (stem, stem))
+        fn = getattr(importlib.import_module(f"distill.{name}"), function)
         configure.resolve(fn, values.gin_file, values.gin_bindings)
 
 

@@ -6,18 +6,26 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import jax
 import numpy as np
 import pytest
+from test_evaluate import counted, save
 from test_evaluate import run as run  # the fixture: a run with five checkpoints
-from test_evaluate import save
 
 import distill
 from distill import decode, metrics, predictor, prompts, students
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "infer.py"
 TEXTS = [f"Ann has {n} nuts, gets {n % 3}." for n in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def programs(tmp_path_factory, monkeypatch):
+    """Where the command keeps what it compiles."""
+    monkeypatch.setenv("DISTILL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "programs"))
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +52,7 @@ def test_three_lines_of_python(run):
     for text, answer in zip(TEXTS, answers, strict=False):
         for prompt, said in ((prompts.PREDICT, answer.label), (prompts.EXPLAIN, answer.rationale)):
             ids = student.vocabulary.encode_input(prompt + text)
-            length = 64 if prompt == prompts.PREDICT else student.limit("targets")
-            generated = student.answer([ids], max_length=length)
+            generated = student.answer([ids], max_length=student.limit("targets"))
             assert student.texts(generated)[0][0] == said
             if prompt == prompts.PREDICT:
                 assert answer.probability == pytest.approx(
@@ -56,6 +63,33 @@ def test_three_lines_of_python(run):
 def test_answers_do_not_depend_on_the_company(student):
     together = student(TEXTS[:9])
     assert [a.label for a in together] == [student([text])[0].label for text in TEXTS[:9]]
+
+
+def test_a_label_is_as_long_as_the_student_writes_it(student, monkeypatch, caplog):
+    """64 tokens are tried first; what they cut is written to the end, and a cut there is said."""
+    texts, asked = ["short", "long " * 20, "endless " * 99], []
+
+    def generate(params, net, inputs, mesh, decoding, *, max_length, **_):
+        asked.append(max_length)
+        encode = student.student.vocabulary.encode
+        said = [[np.array(encode(texts[len(x) - 12][:max_length]), np.int32)] for x in inputs]
+        return decode.Generated(said, [[-1.0] for _ in said])
+
+    monkeypatch.setattr(decode, "generate", generate)
+    monkeypatch.setattr(predictor.Predictor, "_filled", lambda self, asked: asked)
+    answers = student(["xy", "xyz", "wxyz"])  # and the prompt, and EOS: 12, 13 and 14 tokens
+    assert [a.label for a in answers] == ["short", "long " * 20, ("endless " * 99)[:256]]
+    assert asked == [64, 256]
+    assert "1 of 2 answers were cut at 256 tokens" in caplog.text
+
+
+def test_inputs_that_come_one_by_one_need_few_programs(run):
+    """One for each power of two of their number and of their length."""
+    student = predictor.Predictor(str(run))
+    with jax.log_compiles(), counted() as names:
+        for number, length in ((17, 16), (18, 9), (24, 12), (25, 20), (30, 11), (32, 22)):
+            student(["x" * length, *["x"] * (number - 1)], options=["1"])
+    assert sum("_score" in name for name in names) == 1
 
 
 def test_options_are_chosen_by_likelihood(student):
@@ -90,6 +124,16 @@ def test_forms(tmp_path):
         predictor.Predictor(str(tmp_path / "label"), form="predict")
     with pytest.raises(ValueError, match="form must be one of label, predict"):
         predictor.Predictor(str(tmp_path / "label"), form="explain")
+    save(tmp_path / "alone", 1, 0, mixture="arithmetic_predict")
+    with pytest.raises(ValueError, match="trained on labels alone.*cannot explain"):
+        predictor.Predictor(str(tmp_path / "alone"))(TEXTS[:1], explain=True)
+
+
+def test_a_form_that_nobody_knows_has_to_be_given(tmp_path):
+    save(tmp_path, 1, 0, mixture="my_mixture")
+    with pytest.raises(ValueError, match=r"trained on 'my_mixture'\). Give form= .*predict"):
+        predictor.Predictor(str(tmp_path))
+    assert predictor.Predictor(str(tmp_path), form="predict").explains
 
 
 def test_a_file_is_answered_in_order_and_bad_lines_are_skipped(student, tmp_path, caplog):
@@ -115,7 +159,7 @@ def test_a_file_is_answered_in_order_and_bad_lines_are_skipped(student, tmp_path
 
 
 def test_an_interrupted_file_goes_on(run, student, tmp_path):
-    source = write(tmp_path / "in.jsonl", [{"question": text} for text in TEXTS * 20])
+    source = write(tmp_path / "in.jsonl", [{"question": text} for text in TEXTS * 4])
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     predictor.infer(student, source, str(whole), field="question")
     command = [
@@ -123,15 +167,15 @@ def test_an_interrupted_file_goes_on(run, student, tmp_path):
         f"--output={killed}", "--field=question", "--batch_size=4",
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as child:
-        while child.poll() is None and not (killed.exists() and killed.stat().st_size > 20_000):
+        while child.poll() is None and not (killed.exists() and killed.stat().st_size):
             time.sleep(0.002)
         os.kill(child.pid, signal.SIGKILL)
     done = killed.read_bytes()
-    assert 0 < done.count(b"\n") < len(TEXTS) * 20
+    assert 0 < done.count(b"\n") < len(TEXTS) * 4
     killed.write_bytes(done + b'{"torn": ')
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert killed.read_bytes() == whole.read_bytes()
-    assert f"{len(TEXTS) * 20 - done.count(bytes([10]))} lines answered" in again.stderr
+    assert f"{len(TEXTS) * 4 - done.count(bytes([10]))} lines answered" in again.stderr
 
 
 def test_another_input_or_student_is_refused(run, student, tmp_path):
@@ -150,7 +194,27 @@ def test_another_input_or_student_is_refused(run, student, tmp_path):
     for how in (dict(explain=True), dict(options=["1", "2"])):
         with pytest.raises(ValueError, match="stands for the weights.*choose another --output"):
             predictor.infer(student, source, output, **how)
-    with pytest.raises(ValueError, match="the output needs the names label"):
+    with pytest.raises(ValueError, match="written with another --prefix"):
+        predictor.infer(student, source, output, prefix="student_")
+
+
+def test_a_field_of_ones_own_is_never_replaced(student, tmp_path):
+    rows = [{"input": TEXTS[0], "label": "gold", "rationale": "mine"}]
+    source, output = write(tmp_path / "in.jsonl", rows), str(tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="in.jsonl:1 has a field 'label'.*--prefix=student_ names"):
+        predictor.infer(student, source, output)
+    predictor.infer(student, source, output, prefix="student_")
+    predictor.infer(student, source, output, prefix="student_")  # goes on behind the last line
+    (row,) = lines(output)
+    assert {name: row[name] for name in rows[0]} == rows[0]
+    assert row.keys() - rows[0].keys() == {
+        "student_label", "student_probability", "student_line", "student_student",
+    }  # fmt: skip
+    assert row["student_label"] == student(TEXTS[:1])[0].label
+    kept = write(tmp_path / "kept.jsonl", [{"input": TEXTS[0], "rationale": "mine"}])
+    predictor.infer(student, kept, str(tmp_path / "kept.out"))  # that is not asked for
+    assert lines(tmp_path / "kept.out")[0]["rationale"] == "mine"
+    with pytest.raises(ValueError, match="--field=label: an answer has a field of this name"):
         predictor.infer(student, source, output, field="label")
 
 
@@ -163,6 +227,39 @@ def test_a_pipe(run):
     assert all(
         isinstance(json.loads(line)["probability"], float) for line in done.stdout.splitlines()
     )
+
+
+def test_a_pipe_that_pauses_is_answered(run):
+    """As that of `tail -f`: an answer comes before the next line, and before the end."""
+    command = [sys.executable, str(SCRIPT), f"--checkpoint_path={run}", "--input=-", "--output=-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        watch = threading.Timer(240, child.kill)
+        watch.start()
+        for text in TEXTS[:2]:
+            child.stdin.write(json.dumps({"input": text}).encode() + b"\n")
+            child.stdin.flush()
+            assert json.loads(child.stdout.readline())["input"] == text
+        child.stdin.close()
+        assert child.wait() == 0
+        watch.cancel()
+
+
+def test_an_error_of_the_input_is_raised(student):
+    def broken():
+        yield 1, "a"
+        raise OSError("gone")
+
+    blocks = predictor._blocks(broken(), 4)
+    assert next(blocks) == [(1, "a")]
+    with pytest.raises(OSError, match="gone"):
+        next(blocks)
+
+
+def test_blocks_are_full_where_the_input_is_there():
+    numbered = list(enumerate("abcdefg", 1))
+    blocks = list(predictor._blocks(iter(numbered), 3))
+    assert blocks == [numbered[:3], numbered[3:6], numbered[6:]]
+    assert list(predictor._blocks(iter([]), 3)) == []
 
 
 def test_flags_are_checked(run):

@@ -26,7 +26,7 @@ LONG = "a" * 5000
 
 def hostile(dataset, split, i, example):
     """Makes every text of an example what a page must not act upon, or not overflow from."""
-    for name in ("input", "label", "teacher", "teacher_rationale"):
+    for name in ("input", "label", "teacher", "teacher_rationale", "human_rationale"):
         example[name] = f"{NASTY}\n{i} {LONG if i % 2 else ''}"
     example["wrong"] = [f"{NASTY} wrong", LONG]
     example["example_id"] = f"{NASTY}{i}"
@@ -134,7 +134,8 @@ def test_the_data_is_what_was_predicted(made):
         assert by_name[name]["total"] == len(rows) == len(examples.rows)
         for (index, *own), want in zip(rows, examples.rows, strict=True):
             assert data["texts"][index] == [want[k] for k in (
-                "example_id", "input", "label", "teacher", "teacher_rationale", "teacher_correct",
+                "example_id", "input", "label", "teacher", "teacher_rationale", "human_rationale",
+                "teacher_correct",
             )]  # fmt: skip
             generated = want["generated"] if want["generated"] != want["prediction"] else None
             assert own == [want["prediction"], want["correct"], want["rationale"],
@@ -227,6 +228,16 @@ def test_filters_show_the_examples_that_they_name(opened, made):
         assert got == ids
         if name == "errors":
             assert set(shown(page, ".card dd:nth-of-type(2) .mark")) == {"\u2717 wrong"}
+
+
+def test_a_rationale_of_people_is_shown_as_theirs(opened, tmp_path):
+    def edit(dataset, split, i, example):
+        example["human_rationale"] = "People said so."
+
+    evaluation_results.write(tmp_path, n=1, edit=edit)
+    page = opened(report.build([str(tmp_path)]))
+    texts = shown(page, ".card:first-child .reason")
+    assert "human\u2019s rationalePeople said so." in texts
 
 
 def test_two_students_are_compared(opened, made):

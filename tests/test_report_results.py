@@ -304,6 +304,21 @@ def test_the_teacher_is_right_by_text_or_by_value(label, teacher, right):
     assert summary._prediction(said)["teacher_correct"] is right
 
 
+def test_predictions_of_another_evaluation_are_no_examples_of_a_value(tmp_path):
+    """The file of a checkpoint's predictions holds those of its last evaluation."""
+    rows = [
+        row(n=200, key="all", predictions="a.jsonl"),
+        row(n=1, key="few", predictions="a.jsonl"),
+    ]
+    said = {"a.jsonl": answers([True], key="few")}
+    made = report.build([str(saved(tmp_path, rows, said))])
+    (choice,) = made.choices.values()
+    assert choice.shown.n == 200 and not made.examples
+    assert "the predictions are those of another evaluation" in " ".join(made.notes)
+    made = report.build([str(saved(tmp_path, rows[1:], said))])
+    assert [len(e.rows) for e in made.examples] == [1] and not made.notes[1:]
+
+
 def test_missing_predictions_are_noted_and_the_values_stay(tmp_path):
     outside = tmp_path / "secret.jsonl"
     outside.write_text(json.dumps({"example_id": "x", "prediction": "secret"}) + "\n")

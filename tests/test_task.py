@@ -120,6 +120,25 @@ class Given:
         return self.paths
 
 
+def test_rationales_of_people_are_not_the_teachers():
+    """Where no answer of a split has a label; of a teacher's some may fail to parse."""
+    answers = (sources.Answer("because", None), sources.Answer("so", "a"))
+    splits = {"validation": answers[:1] * 2, "test": answers}
+    task.register("who", source=Given(**{
+        split: [sources.Row(f"{split}/{i}", "x", "a", (said,)) for i, said in enumerate(given)]
+        for split, given in {"train": answers[:1], **splits}.items()
+    }))  # fmt: skip
+    said = {
+        split: [
+            (r["teacher"], r["teacher_rationale"], r["human_rationale"])
+            for r in rows_of("who_predict", split)
+        ]
+        for split in splits
+    }
+    assert said["validation"] == [("", "", "because")] * 2
+    assert said["test"] == [("", "because", ""), ("a", "so", "")]
+
+
 def answered(row_id, label, *answers):
     return sources.Row(row_id, f"in {row_id}", label, tuple(sources.Answer(*a) for a in answers))
 

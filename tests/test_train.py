@@ -22,6 +22,7 @@ from distill import (
     optim,
     packing,
     results,
+    scoring,
     students,
     t5,
     train,
@@ -186,7 +187,7 @@ def test_evaluate_reads_what_train_wrote(uninterrupted, tmp_path, cache, capsys)
     folder, result = uninterrupted
     config = evaluate.EvaluateConfig(
         str(folder), cache_dir=cache, restore_mode="all", eval_output_dir=str(tmp_path),
-        answering=evaluate.Answering(num_examples=4),
+        answering=scoring.Answering(num_examples=4),
     )  # fmt: skip
     rows = evaluate.evaluate(config)
     assert [name.split("/")[1] for name, _ in rows] == ["checkpoint_3", "checkpoint_6"]
@@ -194,7 +195,9 @@ def test_evaluate_reads_what_train_wrote(uninterrupted, tmp_path, cache, capsys)
     assert rows[-1][1].values == last.values
     assert "checkpoint_6" in capsys.readouterr().out
     (file,) = tmp_path.glob("*/validation/arithmetic_predict-000006.jsonl")
-    assert [json.loads(line) for line in file.read_text().splitlines()] == last.predictions
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    (key,) = {line.pop("key") for line in kept}
+    assert kept == last.predictions and key in results.Store(tmp_path).complete()
     written = (file.parent / "arithmetic_predict-metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in written] == [3, 6]
     # Training keeps its own evaluations in the same form.
@@ -286,5 +289,5 @@ def test_overfits_32_svamp_examples(shared, tmp_path):
         tmp_path, "kept", "train", [(facts | {"metrics": list(label_task.metrics)}, None, rows)]
     )
     student = students.load(*students.find(str(folder / "checkpoint_300")), str(vocabulary))
-    (score,) = evaluate.score_tasks(student, cache_lib.open_generation(tmp_path / kept))
+    (score,) = scoring.score_tasks(student, cache_lib.open_generation(tmp_path / kept))
     assert score.n == 32 and score.values["accuracy"] == 1.0

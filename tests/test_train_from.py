@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from test_train import MODEL, run, state_of
 
-from distill import checkpoints, convert, evaluate, export, optim, partitioning, t5, vocabulary
+from distill import (
+    checkpoints,
+    convert,
+    evaluate,
+    export,
+    optim,
+    partitioning,
+    scoring,
+    t5,
+    vocabulary,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +90,7 @@ def test_a_converted_checkpoint_is_no_run_but_can_be_evaluated(tmp_path, cache):
     with pytest.raises(FileExistsError, match="holds a converted checkpoint, not a run"):
         run(tmp_path / "ours", cache)
     config = evaluate.EvaluateConfig(
-        str(tmp_path / "ours"), answering=evaluate.Answering(num_examples=2), cache_dir=cache
+        str(tmp_path / "ours"), answering=scoring.Answering(num_examples=2), cache_dir=cache
     )
     with pytest.raises(ValueError, match="MIXTURE_OR_TASK_NAME"):
         evaluate.evaluate(config)

@@ -6,7 +6,9 @@ looked at, so that two seeds may differ by more than an interval says.
 
 import dataclasses
 import functools
+import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,11 @@ Examples = Mapping[str, Sequence[float]]
 Resampled = Callable[[np.ndarray], dict[str, float]]
 # Percent of the resampled values that lie between `low` and `high`.
 CONFIDENCE = 95
+# A function that is none of ours is tried on so many examples to see whether it is their mean, and
+# is called for resamples so long (seconds), but so often.
+_TRIED = 8
+_PATIENCE = 60.0
+_LEAST = 20
 
 
 def mean_per_example(examples: Callable[[Sequence[Any], Sequence[Any]], Examples]) -> MetricFn:
@@ -125,8 +132,10 @@ def estimates(
     """Returns each value of a metric with its uncertainty; a value that is NaN is left out.
 
     Examples are drawn with replacement `resamples` times, the same ones for every metric of as many
-    examples. A metric of `distill.metrics` reads its texts once; any other function is called anew
-    for each resample.
+    examples. A metric of `distill.metrics` reads its texts once. Any other function is called on
+    each example alone: where its values are the means of these, on all examples and on three
+    resamples, they are resampled. Where they are not it is called anew for each resample, of which
+    a slow one gets fewer: those of a minute, at least 20, with a warning.
 
     Args:
       fn: the metric.
@@ -139,7 +148,7 @@ def estimates(
       ValueError: the lists differ in length or are empty, or resamples is below 2.
     """
     check_aligned(targets, predictions)
-    n = len(targets)
+    n, patience = len(targets), math.inf
     examples: dict[str, np.ndarray] = {}
     if hasattr(fn, "examples"):
         examples = example_values(fn, targets, predictions)
@@ -147,13 +156,18 @@ def estimates(
     elif hasattr(fn, "prepare"):
         resampled = fn.prepare(targets, predictions)
     else:
-
-        def resampled(index):
-            rows = index.tolist()
-            return fn([targets[i] for i in rows], [predictions[i] for i in rows])
-
+        resampled, patience = functools.partial(_called, fn, targets, predictions), _PATIENCE
+        examples = _if_their_mean(fn, targets, predictions, seed)
     values = {name: float(value) for name, value in resampled(np.arange(n)).items()}
-    draws = _draws(resampled, n, resamples, seed)
+    if examples:
+        resampled = _means(examples)
+    draws = _draws(resampled, n, resamples, seed, patience)
+    if len(draws) < resamples:
+        logging.getLogger(__name__).warning(
+            "%s is slow: its interval is one of %d resamples, not %d. For a mean over examples "
+            "decorate it with metrics.mean_per_example, for another with metrics.over_examples.",
+            getattr(fn, "__name__", fn), len(draws), resamples,
+        )  # fmt: skip
     result = {}
     for name, value in values.items():
         if math.isnan(value):
@@ -170,13 +184,55 @@ def estimates(
     return result
 
 
+def _called(
+    fn: MetricFn, targets: Sequence[Any], predictions: Sequence[Any], index: np.ndarray
+) -> dict[str, float]:
+    rows = index.tolist()
+    return fn([targets[i] for i in rows], [predictions[i] for i in rows])
+
+
+def _if_their_mean(
+    fn: MetricFn, targets: Sequence[Any], predictions: Sequence[Any], seed: int
+) -> dict[str, np.ndarray]:
+    """The values of the examples where a metric is their mean, or seems to be; {} where not."""
+    n, few = len(targets), min(_TRIED, len(targets))
+    called = functools.partial(_called, fn, targets, predictions)
+    started = time.monotonic()
+    try:
+        values = example_values(fn, targets[:few], predictions[:few])
+        if not _same(called(np.arange(few)), _means(values)(np.arange(few))):
+            return {}
+        if (time.monotonic() - started) / few * n > _PATIENCE:
+            return {}
+        values = example_values(fn, targets, predictions)
+    except Exception:  # of one example it may have no value: a correlation, say
+        return {}
+    means, rng = _means(values), np.random.default_rng(seed)
+    tried = [np.arange(n), *(rng.integers(n, size=n) for _ in range(3))]
+    return values if all(_same(called(index), means(index)) for index in tried) else {}
+
+
+def _same(some: Mapping[str, float], others: Mapping[str, float]) -> bool:
+    """Whether two have the same values, up to the rounding of float32; NaN is none."""
+    some, others = ({k: v for k, v in x.items() if not math.isnan(v)} for x in (some, others))
+    return some.keys() == others.keys() and all(
+        math.isclose(some[k], others[k], rel_tol=1e-6, abs_tol=1e-9) for k in some
+    )
+
+
 def _draws(
-    resampled: Callable[[np.ndarray], Any], n: int, resamples: int, seed: int
-) -> list[dict[str, float]]:
+    resampled: Callable[[np.ndarray], Any], n: int, resamples: int, seed: int,
+    patience: float = math.inf,
+) -> list[Any]:  # fmt: skip
+    """Values of resamples; fewer where they take longer than `patience` seconds."""
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2, not {resamples!r}")
-    rng = np.random.default_rng(seed)
-    return [resampled(rng.integers(n, size=n)) for _ in range(resamples)]
+    rng, started, drawn = np.random.default_rng(seed), time.monotonic(), []
+    for number in range(resamples):
+        if number >= _LEAST and time.monotonic() - started > patience:
+            break
+        drawn.append(resampled(rng.integers(n, size=n)))
+    return drawn
 
 
 def _interval(drawn: np.ndarray) -> tuple[float, float]:

@@ -11,8 +11,9 @@ let current = null, beside = null, rows = [];
 function examplesOf(set) {
   set.examples ??= set.rows.map(row => {
     const [index, prediction, correct, rationale, probability, generated] = row;
-    const [id, input, gold, teacher, teacherRationale, teacherCorrect] = DATA.texts[index];
-    return {id, input, gold, teacher, teacherRationale, teacherCorrect,
+    const [id, input, gold, teacher, teacherRationale, humanRationale, teacherCorrect] =
+      DATA.texts[index];
+    return {id, input, gold, teacher, teacherRationale, humanRationale, teacherCorrect,
       prediction, correct, rationale, probability, generated};
   });
   return set.examples;
@@ -120,7 +121,8 @@ function showSet() {
 
 function textOf(row) {
   row.text ??= [row.id, row.input, row.gold, row.teacher, row.prediction, row.rationale,
-    row.teacherRationale, row.other?.prediction].filter(Boolean).join('\n').toLowerCase();
+    row.teacherRationale, row.humanRationale, row.other?.prediction]
+    .filter(Boolean).join('\n').toLowerCase();
   return row.text;
 }
 
@@ -198,6 +200,7 @@ function card(row) {
         ...reason(student, row.rationale),
         ...(row.other ? reason(names()[1], row.other.rationale) : []),
         ...reason('teacher', row.teacherRationale),
+        ...reason('human', row.humanRationale),
         row.generated === null ? null : el('details',
           el('summary', 'all that the student wrote'), textOrNone(row.generated, 'empty')))));
 }

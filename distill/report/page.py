@@ -295,7 +295,8 @@ def _data(report: Report, max_examples: int) -> dict[str, Any]:
         for row in examples.rows[:max_examples]:
             shared = tuple(
                 _shown(row[name]) for name in ("example_id", "input", "label", "teacher",
-                                               "teacher_rationale", "teacher_correct")
+                                               "teacher_rationale", "human_rationale",
+                                               "teacher_correct")
             )  # fmt: skip
             generated = row["generated"] if row["generated"] != row["prediction"] else None
             own = (

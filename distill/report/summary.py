@@ -335,7 +335,13 @@ def _examples(
             if not inside or ".." in path.parts or not path.is_file():
                 missing.setdefault(names[student[0]], []).append(r.predictions or "none named")
                 continue
-            rows = _predictions(path, notes)
+            rows = _predictions(path, r.key, notes)
+            if rows is None:
+                notes.append(
+                    f"{path}: no examples of this value: the predictions are those of another "
+                    "evaluation of the checkpoint, in other settings"
+                )
+                continue
             found.append(Examples(r, r.step == choice.step, r.step == choice.latest, rows))
     for name, files in missing.items():
         notes.append(
@@ -345,9 +351,12 @@ def _examples(
     return found
 
 
-def _predictions(path: epath.Path, notes: list[str]) -> list[dict[str, Any]]:
+def _predictions(path: epath.Path, key: str, notes: list[str]) -> list[dict[str, Any]] | None:
+    """Returns the rows of a file; None where they are not those of the result with this key."""
     rows, unusable = [], 0
     for _, row in json_lines(path, notes):
+        if row.get("key", key) != key:
+            return None
         if isinstance(row.get("example_id"), str) and isinstance(row.get("prediction"), str):
             rows.append(_prediction(row))
         else:
@@ -360,7 +369,7 @@ def _predictions(path: epath.Path, notes: list[str]) -> list[dict[str, Any]]:
 def _prediction(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields that are shown, each text or None, `correct` and `teacher_correct`."""
     texts = ("example_id", "input", "label", "prediction", "generated", "teacher",
-             "teacher_rationale", "rationale")  # fmt: skip
+             "teacher_rationale", "human_rationale", "rationale")  # fmt: skip
     shown = {name: row[name] if isinstance(row.get(name), str) else None for name in texts}
     correct, probability = row.get("correct"), row.get("probability")
     shown["correct"] = correct if isinstance(correct, bool) else None

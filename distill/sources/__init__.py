@@ -48,6 +48,7 @@ from distill.sources.rows import (
     Row,
     Source,
     SourceReport,
+    gives_labels,
     source_report,
 )
 
@@ -83,6 +84,7 @@ __all__ = [
     "configured",
     "filter_rows",
     "first_misaligned",
+    "gives_labels",
     "input_sha256",
     "read_json",
     "read_json_lines",

@@ -139,6 +139,7 @@ def source_report(
 
 
 def gives_labels(rows: Sequence[Row]) -> bool:
+    """Whether an answer has a label; where none has, the rationales are people's."""
     return any(a.label for r in rows for a in r.answers)
 
 

@@ -43,9 +43,9 @@ from distill import (
     configure,
     convert,
     decode,
-    evaluate,
     export,
     partitioning,
+    students,
     t5,
     train,
 )  # fmt: skip
@@ -192,7 +192,11 @@ def random_student() -> tuple[dict, t5.T5Config]:
         name = partitioning.path_name(path)
         if name.endswith("scale"):
             return 1 + 0.1 * value
-        return value if "embedding" in name else value / np.sqrt(shape.shape[-2])
+        if "embedding" in name:
+            return value
+        if "/query/" in name:  # attention neither even nor saturated
+            value *= 2 / np.sqrt(config.head_dim)
+        return value / np.sqrt(shape.shape[-2])
 
     params = jax.tree_util.tree_map_with_path(draw, t5.param_shapes(config))
     params["decoder"]["logits_dense"]["kernel"][:, :2] = 0
@@ -205,7 +209,7 @@ def trained_student() -> tuple[dict, t5.T5Config]:
     config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
     mesh = partitioning.make_mesh(partitioning.MeshConfig(data=1), jax.devices()[:1])
     params, _ = checkpoints.restore(
-        folder, evaluate.abstract_params(t5.T5(config), mesh), subtree="params"
+        folder, students.abstract_params(t5.T5(config), mesh), subtree="params"
     )
     return params, config
 
@@ -230,9 +234,8 @@ def rounds(what: str, ours: Ours, theirs: Transformers, inputs, **settings) -> d
     differ = sum(a != b for a, b in zip(mine.tokens, other.tokens, strict=True))
     lengths = [len(tokens) for tokens in mine.tokens]
     different = len({tuple(tokens) for tokens in mine.tokens})
-    print(f"{what}: {len(inputs)} inputs, {statistics.mean(lengths):.1f} tokens an answer (at most "
-          f"{max(lengths)}), {different} different; {differ} differ from "
-          "transformers'")  # fmt: skip
+    print(f"{what}: {len(inputs)} inputs, {statistics.mean(lengths):.1f} tokens an answer, at most "
+          f"{max(lengths)}, {different} different; {differ} differ from transformers'")  # fmt: skip
     for name, at in (("ours", 0), ("transformers", 1)):
         walls = [turn[at].wall for turn in turns]
         print(f"  {name:13} {len(inputs) / statistics.median(walls):7.2f} examples/s, median of "
