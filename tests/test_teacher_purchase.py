@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -205,6 +206,41 @@ def test_a_completion_that_echoes_the_key_is_kept_without_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "body",
+    [{"choices": [{"message": {"refusal": "not with {key}"}, "finish_reason": "stop"}]},
+     {"choices": [{"message": {"content": "8"}, "finish_reason": "{key}"}]},
+     {"error": {"message": "wrong key {key}"}}],
+)  # fmt: skip
+def test_a_key_of_any_form_is_nowhere_in_a_reply(body, monkeypatch):
+    key = "plain0123456789abcdef"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    backend = endpoint.Endpoint(endpoint.EndpointConfig(model="m"), PROMPT)
+    try:
+        read = str(backend.read(json.dumps(body).replace("{key}", key).encode()))
+    except backends.Failed as e:
+        read = str(e)
+    assert key not in read and "<key>" in read
+
+
+def test_a_word_that_serves_as_a_key_stays_in_rationales(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    backend = endpoint.Endpoint(endpoint.EndpointConfig(model="m"), PROMPT)
+    assert backend.clean("The cup is EMPTY.") == "The cup is EMPTY."
+
+
+def test_one_request_has_one_key_and_two_have_two():
+    def parameters(**settings):
+        config = endpoint.EndpointConfig(model="m", **settings)
+        return json.dumps(endpoint.Endpoint(config, PROMPT).parameters, sort_keys=True)
+
+    assert parameters(temperature=1, top_p=1) == parameters(temperature=1.0, top_p=1.0)
+    assert parameters(extra={"a": 1, "b": 2}) == parameters(extra={"b": 2, "a": 1})
+    # The same fields, sent to another path with another form of the prompt.
+    stop = {"stop": [PROMPT.stop]}
+    assert parameters(extra=stop) != parameters(extra=stop, api="completions")
+
+
+@pytest.mark.parametrize(
     "fault, cls", [("content_null", "empty"), ("content_empty", "empty"),
                    ("content_blank", "empty"), ("content_huge", "oversize"),
                    ("refusal", "refused"), ("finish_content_filter", "refused"),
@@ -339,8 +375,10 @@ def test_a_signal_keeps_what_was_paid(tmp_path):
 
 
 @pytest.mark.parametrize("heals", [True, False])
-def test_a_full_disk_stops_buying_and_is_tried_again(tmp_path, heals):
+def test_a_full_disk_stops_buying_and_is_tried_again(tmp_path, heals, monkeypatch):
     """SQLite has no page left; where there is room again in time, nothing is lost."""
+    if not heals:
+        monkeypatch.setattr(purchase, "_PATIENCE", 3)
     with teacher_server.start(tmp_path / "log.jsonl") as server, Store(tmp_path / "s") as store:
         config = endpoint.EndpointConfig(model="teacher", base_url=server.base_url)
         (pages,) = store._db.execute("PRAGMA page_count").fetchone()
@@ -367,6 +405,118 @@ def test_a_full_disk_stops_buying_and_is_tried_again(tmp_path, heals):
         assert "cannot be written: database or disk is full" in outcome.stopped
         assert len(store.answers()) == outcome.bought
         assert (outcome.bought == sold) == heals == ("lost" not in outcome.stopped)
+
+
+def test_a_second_ctrl_c_keeps_what_was_answered_and_what_it_may_have_cost(tmp_path):
+    (tmp_path / "child.py").write_text(CHILD.replace("timeout=2", "timeout=60"))
+    path = tmp_path / "s.sqlite"
+    with teacher_server.start(tmp_path / "log.jsonl") as server:
+        server.script({"contains": "gets 7.", "answers": ["timeout"], "repeat": True})
+        command = [sys.executable, tmp_path / "child.py", os.path.dirname(__file__),
+                   server.base_url, str(path), "40"]  # fmt: skip
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+            while server.stats()["requests"] < 40:
+                time.sleep(0.01)
+            for _ in range(2):
+                time.sleep(0.3)
+                child.send_signal(signal.SIGINT)
+            assert "KeyboardInterrupt" in child.stderr.read()
+    with Store(path, write=False) as store:
+        assert len(store.answers()) == 39
+        (failure,) = store.failures()
+    assert "cut off" in failure.error and failure.tokens > 256
+
+
+class Local:
+    """A teacher that computes, and never waits."""
+
+    provider, model, batch, parameters = "here", "slow", 1, {}
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.asked = seconds, 0
+
+    async def ask(self, requests):
+        self.asked += len(requests)
+        time.sleep(self.seconds)
+        return [backends.Reply("8. The answer is 8.", "stop") for _ in requests]
+
+    async def close(self):
+        pass
+
+
+def buy_of(backend, path, count, *, clock=limits.REAL_TIME, loop_factory=None, **settings):
+    async def run(store):
+        return await purchase.buy(
+            backend, to_requests(backend, rows(count)), store, prompt=PROMPT, parameters="{}",
+            sizes=lambda r: purchase.Size(0, 0), clock=clock, seed=0, **settings,
+        )  # fmt: skip
+
+    with Store(path) as store, asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(run(store))
+
+
+def test_a_teacher_that_never_waits_lets_its_answers_be_written(tmp_path):
+    seen, backend = [], Local(0.02)
+    buy_of(
+        backend, tmp_path / "s.sqlite", 50, pace=purchase.Pace(concurrency=1),
+        progress=lambda answer: seen.append(backend.asked),
+    )  # fmt: skip
+    assert seen[0] < 25
+
+
+def test_without_a_disk_nothing_more_is_bought(tmp_path, monkeypatch):
+    def full(self, *_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Store, "add", full)
+    monkeypatch.setattr(purchase, "_PATIENCE", 3)
+    backend = Local(0.01)
+    outcome = buy_of(backend, tmp_path / "s.sqlite", 400, pace=purchase.Pace(concurrency=1))
+    assert "disk is full" in outcome.stopped and "are lost" in outcome.stopped
+    assert backend.asked < 100 and outcome.bought == 0
+
+
+class _Skipping(asyncio.SelectorEventLoop):
+    """A loop whose time jumps to the next thing that is to be done."""
+
+    def __init__(self):
+        super().__init__()
+        self.skipped = 0.0
+        select = self._selector.select
+
+        def skip(timeout=None):
+            found = select(0.001 if timeout else timeout)
+            self.skipped += 0.0 if found else timeout or 0.0
+            return found
+
+        self._selector.select = skip
+
+    def time(self):
+        return super().time() + self.skipped
+
+
+class _Limited(Local):
+    """Takes 30 requests a minute, and turns the others down without saying until when."""
+
+    free_at, turned_down = 0.0, 0
+
+    async def ask(self, requests):
+        now = asyncio.get_running_loop().time()
+        if now < self.free_at:
+            self.turned_down += 1
+            raise backends.Failed("HTTP 429", too_many=True, may_cost=False)
+        self.free_at = now + 2.0
+        await asyncio.sleep(0.5)
+        return await super().ask(requests)
+
+
+def test_a_slow_provider_is_asked_slowly_until_all_is_answered(tmp_path):
+    """64 at a time wait for each other, and do not use up their attempts on a full teacher."""
+    clock = limits.Clock(lambda: asyncio.get_running_loop().time(), asyncio.sleep)
+    backend = _Limited()
+    outcome = buy_of(backend, tmp_path / "s.sqlite", 200, clock=clock, loop_factory=_Skipping)
+    assert outcome == purchase.Outcome(bought=200)
+    assert backend.turned_down < 5 * 200
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -413,7 +563,9 @@ def test_redaction(text, kept):
     [(dict(model=None), "MODEL is missing"), (dict(api="responses"), "API must be one of"),
      (dict(base_url="localhost:8000"), "BASE_URL must be"), (dict(key_env="NO_SUCH"), "is empty"),
      (dict(key_file="/no/such"), "no such file"), (dict(max_tokens=0), "MAX_TOKENS"),
-     (dict(temperature=-1.0), "TEMPERATURE"), (dict(extra=[1]), "EXTRA must be a dict")],
+     (dict(base_url="https://host/v1?key=word"), "may have no query"),
+     (dict(extra={"n": 5}), "may not hold 'n'"), (dict(temperature=-1.0), "TEMPERATURE"),
+     (dict(extra=[1]), "EXTRA must be a dict")],
 )  # fmt: skip
 def test_settings_are_checked_before_anything_is_sent(settings, message, monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -434,7 +586,12 @@ def test_extra_fields_change_and_remove():
         model="m", extra={"max_completion_tokens": 9, "temperature": None, "top_k": 3}
     )
     backend = endpoint.Endpoint(config, PROMPT)
-    assert backend.parameters == {"model": "m", "max_completion_tokens": 9, "top_k": 3}
+    assert backend.parameters == {
+        "api": "chat",
+        "model": "m",
+        "max_completion_tokens": 9,
+        "top_k": 3,
+    }
     assert backend.max_tokens == 9
 
 

@@ -77,6 +77,27 @@ def test_an_answer_replaces_that_of_its_key(tmp_path):
         assert {a.key: a.label for a in store.answers()} == {"a": "9", "b": "8"}
 
 
+def test_what_is_asked_again_stays_paid_and_is_replaced_by_an_answer_only(tmp_path):
+    with Store(tmp_path / "s.sqlite") as store:
+        store.add([bought("a", cls="truncated")])
+        store.add([bought("a", cls="transport", tokens=0, cost=None, text=None)])
+        assert store.keys() == {"a": "truncated"} and store.spent() == (10, 0.5)
+        store.add([bought("a")])
+        assert store.keys() == {"a": "ok"} and store.spent() == (20, 1.0)
+        assert "was truncated" in store.failures()[0].error
+
+
+def test_a_commit_that_fails_leaves_no_transaction_open(tmp_path):
+    with Store(tmp_path / "s.sqlite") as store:
+        store._db.execute("CREATE TABLE one (id PRIMARY KEY)")
+        store._db.execute("CREATE TABLE two (id REFERENCES one DEFERRABLE INITIALLY DEFERRED)")
+        store._db.execute("PRAGMA foreign_keys = 1")
+        with pytest.raises(sqlite3.IntegrityError), store.transaction():
+            store._db.execute("INSERT INTO two VALUES (1)")
+        store.add([bought("a")])
+        assert store.keys() == {"a": "ok"}
+
+
 def test_what_was_spent_counts_failures_at_their_most(tmp_path):
     with Store(tmp_path / "s.sqlite") as store:
         assert store.spent() == (0, 0.0)

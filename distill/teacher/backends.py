@@ -123,7 +123,7 @@ class Scripted:
         if not 0 <= error_rate <= 1:
             raise ValueError(f"ERROR_RATE must be in [0, 1], not {error_rate!r}")
         self._prompt = prompt
-        self.parameters = {"error_rate": error_rate, "seed": seed}
+        self.parameters = {"error_rate": float(error_rate), "seed": seed}
 
     async def ask(self, requests: Sequence[Request]) -> list[Reply]:
         return [Reply(self._answer(request), "stop") for request in requests]
@@ -222,7 +222,8 @@ class Checkpoint:
         self._prompt, self.batch = prompt, batch
         self.model = self._student.checkpoint.fingerprint
         self.parameters = {
-            "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed,
+            "temperature": float(temperature), "top_p": None if top_p is None else float(top_p),
+            "max_tokens": max_tokens, "seed": seed,
         }  # fmt: skip
 
     async def ask(self, requests: Sequence[Request]) -> list[Reply]:

@@ -28,7 +28,10 @@ APIS = ("chat", "completions")
 _NEEDS = "TEACHER=openai needs the official client: pip install -e '.[teacher]'"
 # What looks like a key, whoever's it is.
 _SECRET = re.compile(r"\b(sk|hf|gsk|xai|AIza|Bearer)([-_ ])[A-Za-z0-9_\-.*]{8,}")
+_SECRET_LENGTH = 16  # characters of a key, at least, that no text has by chance
 _SHOWN = 300  # characters of an error
+# What a prompt, a macro or the reading of replies decides.
+_NOT_EXTRA = ("messages", "prompt", "model", "n", "stream")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,11 @@ class EndpointConfig:
             raise ValueError(f"API must be one of {', '.join(APIS)}, not {self.api!r}")
         if not isinstance(self.extra, Mapping):
             raise ValueError(f"EXTRA must be a dict such as {{'top_k': 40}}, not {self.extra!r}")
+        if taken := [name for name in _NOT_EXTRA if name in self.extra]:
+            raise ValueError(
+                f"EXTRA may not hold {taken[0]!r}: MODEL, PROMPT and NUM_SAMPLES say what is "
+                "asked, and replies come whole"
+            )
         for field, least in (("temperature", 0.0), ("timeout", 1e-3)):
             if not isinstance(value := getattr(self, field), int | float) or not value >= least:
                 raise ValueError(f"{field.upper()} must be {least:g} or more, not {value!r}")
@@ -81,6 +89,11 @@ class EndpointConfig:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 f"BASE_URL must be such as http://localhost:8000/v1, not {redacted(self.url)!r}"
+            )
+        if parts.query or parts.fragment:
+            raise ValueError(
+                "BASE_URL may have no query and no fragment (what follows `?` or `#`): the client "
+                "would put the path of a request behind it. A key belongs into API_KEY_ENV"
             )
         port = f":{parts.port}" if parts.port else ""
         return f"{parts.hostname}{port}{parts.path}"
@@ -143,18 +156,26 @@ class Endpoint:
         self._openai, self._config, self._prompt = openai, config, prompt
         self._key = config.key()
         self.provider, self.model, self.api = config.provider, config.model, config.api
-        self.parameters = self._body({})
+        # One body can be meant for either, and is another request there.
+        self.parameters = {"api": config.api, **self._body({})}
         self._fixed: dict[bool, int] = {}
         self.path = "/chat/completions" if config.api == "chat" else "/completions"
-        self.client = openai.AsyncOpenAI(
-            api_key=self._key,
-            base_url=config.url,
-            max_retries=0,
-            timeout=config.timeout,
-        )
+        self._client: Any = None
         # Its lines name every URL, which may hold a password.
         for name in ("httpx", "httpx2", "openai"):
             std_logging.getLogger(name).setLevel(std_logging.WARNING)
+
+    @property
+    def client(self) -> Any:
+        """The official client; after `close` a new one, since it belongs to one event loop."""
+        if self._client is None:
+            self._client = self._openai.AsyncOpenAI(
+                api_key=self._key,
+                base_url=self._config.url,
+                max_retries=0,
+                timeout=self._config.timeout,
+            )
+        return self._client
 
     @property
     def max_tokens(self) -> int:
@@ -184,8 +205,9 @@ class Endpoint:
         body = {
             "model": config.model,
             **asked,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
+            # 1 and 1.0 are one request.
+            "temperature": float(config.temperature),
+            "top_p": None if config.top_p is None else float(config.top_p),
             "max_tokens": None if own_limit else config.max_tokens,
             # A chat model ends its turn by itself, and some refuse the field.
             "stop": [self._prompt.stop] if self._prompt.stop and config.api != "chat" else None,
@@ -204,10 +226,23 @@ class Endpoint:
             options={"headers": {"Idempotency-Key": request.key}},
             row=True,
         )
-        return [response if isinstance(response, Reply) else self._read(response)]
+        return [response if isinstance(response, Reply) else self.read(response.content)]
 
-    def _read(self, response: Any) -> Reply:
-        return parse_reply(response.content, self.api)
+    def read(self, content: bytes) -> Reply:
+        """Reads the body of a reply with status 200; what is said beside the text is shortened.
+
+        Raises:
+          Failed: it is no reply.
+        """
+        try:
+            reply = parse_reply(content, self.api)
+        except Failed as e:
+            raise Failed(self.short(str(e)), malformed=e.malformed) from None
+        said = {
+            name: value and self.short(value)
+            for name, value in (("refused", reply.refused), ("finish_reason", reply.finish_reason))
+        }
+        return dataclasses.replace(reply, **said)
 
     async def guarded(self, fn: Callable[..., Any], *args, row: bool = False, **kwargs) -> Any:
         """Calls the client; returns what it returns, or raises our errors.
@@ -244,8 +279,10 @@ class Endpoint:
             raise Failed(self.short(f"{type(e).__name__}: {e}")) from None
 
     async def close(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            await self.client.close()
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(RuntimeError):
+                await client.close()
 
     def short(self, text: str) -> str:
         """Returns an error as it may be shown and kept."""
@@ -253,7 +290,8 @@ class Endpoint:
 
     def clean(self, text: str) -> str:
         """Returns a text of the teacher without the key, should it echo it."""
-        return text.replace(self._key, "<key>") if self._key != "none" else text
+        # A server of one's own is given any word as a key, which a rationale may hold.
+        return text.replace(self._key, "<key>") if len(self._key) >= _SECRET_LENGTH else text
 
     def _refusal(self, status: int, response: Any) -> Reply:
         """Judges a status other than 2xx: returns what concerns this row alone, raises the rest."""

@@ -18,6 +18,8 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
+from absl import logging
+
 from distill.teacher import limits, prompting, store
 from distill.teacher.backends import Backend, Failed, Hopeless, Reply, Request
 
@@ -252,6 +254,8 @@ class _Round:
         # In the order of the rows; a batch shares an attempt.
         queue = iter([requests[i : i + size] for i in range(0, len(requests), size)])
         writer = asyncio.create_task(self._write())
+        # Without it (a full disk) nothing is kept, so that nothing more may be bought.
+        writer.add_done_callback(lambda _: self.stop.set())
         workers = [
             asyncio.create_task(self._work(queue))
             for _ in range(min(self.pace.concurrency, -(-len(requests) // size)))
@@ -264,7 +268,11 @@ class _Round:
                 for worker in workers:
                     worker.cancel()
                 self.stop.set()
-                await writer
+                try:
+                    await writer
+                finally:
+                    if self.waiting or self.failures:  # a second Ctrl-C ends the writer, too
+                        self.into.add(self.waiting, self.failures)
         self.outcome.left = len(requests) - self.outcome.bought - self.outcome.given_up
         return self.outcome
 
@@ -275,6 +283,10 @@ class _Round:
 
         def end(name: str) -> None:
             self._end(name)
+            logging.info(
+                "%s: waiting for the %d requests under way; once more ends them at once",
+                name, self.places.under_way,
+            )  # fmt: skip
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
@@ -299,8 +311,9 @@ class _Round:
             if self.stop.is_set():
                 return
             try:
-                async with self.places.slot():
-                    await self._answer(requests)
+                await self._answer(requests)
+                # Who answers without waiting for anything lets the writer and signals in here.
+                await asyncio.sleep(0)
             except (limits.CeilingReached, limits.BreakerOpen, Hopeless) as e:
                 return self._end(str(e))
             except _Stopped:
@@ -311,38 +324,56 @@ class _Round:
         size = [self.sizes(request) for request in requests]
         most = sum(s.prompt for s in size), sum(s.completion for s in size)
         aside = sum(most), self.prices.of(*most) or 0.0
+        wait = 0.0
         for attempt in range(1, self.pace.max_attempts + 1):
-            await self.breaker.wait()
-            await self.requests.take(len(requests))
-            await self.tokens.take(aside[0])
-            if self.stop.is_set():
-                raise _Stopped
-            self.budget.set_aside(*aside)
-            began = self.clock.now()
-            try:
-                replies = await self.backend.ask(requests)
-            except Failed as e:
-                # What may have cost something stays set aside.
-                spent = aside if e.may_cost else (0, 0.0)
-                self.budget.settle(aside, spent)
-                cost = spent[1] if self.prices.prompt is not None else None
-                self.failures.append(store.Failure(requests[0].key, now(), str(e), spent[0], cost))
-                self.breaker.failed(str(e))
-                if e.too_many:
-                    self.places.too_many()
-                if attempt == self.pace.max_attempts:
-                    self._give_up(requests, e, self.clock.now() - began, attempt)
-                    return
-                await self.clock.sleep(limits.backoff(attempt, e.retry_after, self.rng))
-                continue
-            except BaseException:
-                self.budget.settle(aside, (0, 0.0))
-                raise
-            latency = (self.clock.now() - began) / len(requests)
-            self.breaker.succeeded()
-            self.places.succeeded()
-            self._keep(requests, replies, aside, latency, attempt)
-            return
+            # One place for each attempt and the wait before it: when there are to be fewer at a
+            # time, those that were turned down queue here, and do not use up their attempts.
+            async with self.places.slot():
+                if wait:
+                    await self.clock.sleep(wait)
+                failed = await self._attempt(requests, aside, attempt)
+            if failed is None:
+                return
+            wait = limits.backoff(attempt, failed.retry_after, self.rng)
+
+    async def _attempt(self, requests, aside: tuple[int, float], attempt: int) -> Failed | None:
+        """Asks once; returns why it is to be tried again, None where it is not."""
+        await self.breaker.wait()
+        await self.requests.take(len(requests))
+        await self.tokens.take(aside[0])
+        if self.stop.is_set():
+            raise _Stopped
+        self.budget.set_aside(*aside)
+        began = self.clock.now()
+        try:
+            replies = await self.backend.ask(requests)
+        except Failed as e:
+            self._note_failure(requests, str(e), aside, e.may_cost)
+            self.breaker.failed(str(e))
+            if e.too_many:
+                self.places.too_many()
+            if attempt < self.pace.max_attempts:
+                return e
+            self._give_up(requests, e, self.clock.now() - began, attempt)
+            return None
+        except Hopeless:
+            self.budget.settle(aside, (0, 0.0))
+            raise
+        except BaseException as e:  # above all, that it was cancelled
+            self._note_failure(requests, f"cut off: {type(e).__name__}", aside, True)
+            raise
+        latency = (self.clock.now() - began) / len(requests)
+        self.breaker.succeeded()
+        self.places.succeeded()
+        self._keep(requests, replies, aside, latency, attempt)
+        return None
+
+    def _note_failure(self, requests, why: str, aside: tuple[int, float], may_cost: bool) -> None:
+        """What may have cost something stays set aside."""
+        spent = aside if may_cost else (0, 0.0)
+        self.budget.settle(aside, spent)
+        cost = spent[1] if self.prices.prompt is not None else None
+        self.failures.append(store.Failure(requests[0].key, now(), why, spent[0], cost))
 
     def _keep(self, requests, replies, aside, latency, attempt) -> None:
         answers = [
@@ -389,8 +420,11 @@ class _Round:
             failures, self.failures = self.failures, []
             if answers or failures:
                 began = time.monotonic()
+                loop = asyncio.get_running_loop()
+                group = loop.run_in_executor(None, self.into.add, answers, failures)
                 try:
-                    await asyncio.to_thread(self.into.add, answers, failures)
+                    # Shielded: when all tasks are cancelled, this group still gets to the disk.
+                    await asyncio.shield(group)
                 except sqlite3.Error as e:
                     # Such as a full disk: nothing more is bought, and what is paid is tried again.
                     self._end(f"the store cannot be written: {e}")
@@ -402,7 +436,7 @@ class _Round:
                     await asyncio.sleep(_GROUP_SECONDS * refusals)
                     continue
                 for answer in answers:
-                    given_up = answer.cls in ("transport", "malformed")
+                    given_up = answer.cls in store.UNHEARD
                     self.outcome.given_up += given_up
                     self.outcome.bought += not given_up
                     self.progress(answer)

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import threading
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from distill import results
 SCHEMA = 1
 # What an answer is. Only `transport`, for which nothing came back, is asked for again.
 CLASSES = ("ok", "empty", "truncated", "oversize", "malformed", "refused", "transport")
+UNHEARD = ("malformed", "transport")  # Not the teacher spoke, but what is between.
 KINDS = ("answer", "rationalised")
 
 
@@ -65,7 +67,7 @@ class Bought:
     Attributes:
       key: hash of all that decided what was asked (`key_of`).
       input_sha256: of the input text.
-      sample: which answer to this input it is, from 0; `rationalised` ones go on counting.
+      sample: which answer to this input it is, from 0; each given label has its own count.
       kind: `answer`, or `rationalised`: the gold label was given, and its reasons asked for.
       provider: who was asked, such as `api.example.com/v1` or `scripted`.
       model: its name there.
@@ -211,6 +213,7 @@ class Store:
         """
         self.path = epath.Path(path).expanduser()
         self._lock = None
+        self._turn = threading.Lock()
         if "://" in str(path):
             raise ValueError(
                 f"STORE={path}: SQLite needs a local disk. Generate into a local file and copy it"
@@ -275,15 +278,16 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All of it or nothing, and on the disk afterwards."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # SQLite has ended it by itself where the disk is full
-                self._db.execute("ROLLBACK")
-            raise
+        """All of it or nothing, and on the disk afterwards. Threads take turns."""
+        with self._turn:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # SQLite itself may have rolled back: a full disk
+                    self._db.execute("ROLLBACK")
+                raise
 
     def __enter__(self) -> "Store":
         return self
@@ -319,8 +323,27 @@ class Store:
     def add(self, answers: Sequence[Bought], failures: Sequence[Failure] = ()) -> None:
         """Keeps answers and failed attempts; they are on the disk when this returns."""
         with self.transaction():
-            self.put("answers", answers)
+            self.keep(answers)
             self.put("failures", failures)
+
+    def keep(self, answers: Sequence[Bought]) -> None:
+        """Writes answers, in a transaction.
+
+        One that was asked for again takes the place of the earlier one, if it came; what the
+        earlier one cost stays spent, as a failure.
+        """
+        came, replaced = [], []
+        for answer in answers:
+            sql = "SELECT class, tokens, cost FROM answers WHERE key = ?"
+            cls, tokens, cost = self._db.execute(sql, [answer.key]).fetchone() or (None, 0, None)
+            if cls is not None and cls not in UNHEARD and answer.cls in UNHEARD:
+                continue
+            came.append(answer)
+            if tokens:
+                why = f"asked again, was {cls}"
+                replaced.append(Failure(answer.key, answer.time, why, tokens, cost))
+        self.put("answers", came)
+        self.put("failures", replaced)
 
     def ask(self, rows: Sequence[Asked]) -> None:
         """Notes the rows that the teacher is asked about."""

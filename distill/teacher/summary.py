@@ -10,11 +10,9 @@ import numpy as np
 from distill import metrics
 from distill.display import clipped, shortened
 from distill.teacher.decisions import KEPT, REASONS, Decision
-from distill.teacher.store import CLASSES, Asked, Bought
+from distill.teacher.store import CLASSES, UNHEARD, Asked, Bought
 
 EXAMPLES = 5  # of each reason
-# An answer of these classes is none: not the teacher spoke, but what is between.
-UNHEARD = ("malformed", "transport")
 # Means over rows, by name. `_row_measures` has them in this order.
 MEASURES = (
     "single answer",
