@@ -1,5 +1,7 @@
 """From rows to rationales that a student trains on: the whole command, and its parts."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,7 +12,15 @@ import sys
 import pytest
 
 from distill import metrics, sources, task
-from distill.teacher import decisions, endpoint, generate, prompting, purchase
+from distill.teacher import (
+    backends,
+    batch,
+    decisions,
+    endpoint,
+    generate,
+    prompting,
+    purchase,
+)
 from distill.teacher.store import Store
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -308,6 +318,12 @@ def server(tmp_path, monkeypatch):
         yield running
 
 
+def teacher_server_at(log):
+    import teacher_server
+
+    return teacher_server.start(log)
+
+
 def at(server, tmp_path, **settings):
     connection = dict(model="teacher", base_url=server.base_url)
     connection |= settings.pop("connection", {})
@@ -374,6 +390,28 @@ def test_odd_answers_survive_to_training(tmp_path, server):
         for answer in row.rationales:
             answer.rationale.encode()
             assert "\0" not in answer.rationale
+
+
+def test_an_endpoint_rationalises_in_a_second_round(tmp_path, server):
+    task.import_module("tasks")
+    row = task.dataset("arithmetic").rows("train")[3]
+    server.script({"contains": row.input, "answers": [{"text": "No. The answer is 99."}]})
+    settings = dict(rationalise=True, num_examples=5)
+    pace = purchase.Pace(max_attempts=1)
+    found = generate.generate(at(server, tmp_path, pace=pace, **settings))
+    assert found.classes == {"ok": 6} and found.kinds == {"answer": 5, "rationalised": 1}
+    # More samples make no new question of it.
+    server.script({"contains": row.input, "answers": [{"text": "No. The answer is 99."}] * 3})
+    sampled = dict(temperature=0.7)
+    before = server.stats()["requests"]
+    for samples, asked in ((1, 6), (2, 5)):
+        generate.generate(at(server, tmp_path, connection=sampled, num_samples=samples, **settings))
+        assert server.stats()["requests"] - before == asked
+        before = server.stats()["requests"]
+    records = [r for r in sources.read_store(tmp_path / "s.jsonl") if r.id == row.id]
+    assert [(r.sample, r.provenance["kind"]) for r in records] == [
+        (0, "answer"), (1, "answer"), (2, "rationalised")
+    ]  # fmt: skip
 
 
 # --- The batch API --------------------------------------------------------------------------------
@@ -454,6 +492,109 @@ generate.generate(t.at(server, pathlib.Path({str(tmp_path)!r}), use_batch_api=Tr
     assert found.classes["ok"] == 20
     keys = [answer.key for answer in server.answers()]
     assert len(keys) == len(set(keys)) == 20  # Nothing was sold twice.
+
+
+def handed_in(server, tmp_path, monkeypatch, **settings):
+    """A run that hands a job in and ends before it is collected."""
+
+    async def interrupted(_):
+        raise backends.Failed("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.asyncio, "sleep", interrupted)
+        with pytest.raises(ValueError, match="stopped: interrupted"):
+            generate.generate(at(server, tmp_path, use_batch_api=True, **settings))
+
+
+def test_what_lies_in_a_job_is_not_bought_one_by_one_and_not_quoted(
+    tmp_path, server, monkeypatch, capsys
+):
+    handed_in(server, tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="20 of these answers lie in the batch API"):
+        generate.generate(at(server, tmp_path))
+    capsys.readouterr()
+    found = generate.generate(at(server, tmp_path, use_batch_api=True, poll_seconds=0, yes=False))
+    assert "Estimate" not in capsys.readouterr().err and found.classes == {"ok": 20}
+
+
+def test_a_job_that_another_provider_does_not_know_is_not_forgotten(tmp_path, server, monkeypatch):
+    handed_in(server, tmp_path, monkeypatch)
+    with Store(tmp_path / "s.sqlite") as store:
+        (job,) = store.read("batches", batch.Job)
+        batch._note(store, dataclasses.replace(job, status="submitting", batch_id=None))
+    with teacher_server_at(tmp_path / "other.jsonl") as other:
+        generate.generate(at(other, tmp_path, use_batch_api=True, poll_seconds=0))
+    generate.generate(at(server, tmp_path, use_batch_api=True, poll_seconds=0))
+    keys = [answer.key for answer in server.answers()]
+    assert len(keys) == len(set(keys)) == 20
+
+
+def test_an_answer_belongs_to_the_input_that_was_handed_in(tmp_path, server, monkeypatch):
+    handed_in(server, tmp_path, monkeypatch, num_examples=1)
+    with Store(tmp_path / "s.sqlite") as store:
+        (row,) = store.asked()
+        changed = dataclasses.replace(
+            row, input="other", input_sha256=sources.input_sha256("other")
+        )
+        store.ask([changed])
+        (key,) = batch.handed_in(store)
+    generate.generate(at(server, tmp_path, use_batch_api=True, poll_seconds=0, num_examples=2))
+    with Store(tmp_path / "s.sqlite", write=False) as store:
+        sha256 = {answer.key: answer.input_sha256 for answer in store.answers()}
+    assert sha256[key] == row.input_sha256
+
+
+def test_a_ceiling_hands_in_what_fits(tmp_path, server):
+    prices = purchase.Prices(1.0, 1.0)
+    settings = dict(prices=prices, max_cost=0.006, use_batch_api=True, poll_seconds=0)
+    with pytest.raises(ValueError, match="stopped: MAX_COST"):
+        generate.generate(at(server, tmp_path, **settings))
+    assert 0 < len(server.answers()) < 20
+
+
+def test_an_endpoint_without_batches_can_be_asked_one_by_one(tmp_path, server, monkeypatch):
+    """A job that was refused is none."""
+    guarded = endpoint.Endpoint.guarded
+
+    async def refuses(self, fn, *args, **kwargs):
+        if "Batches.create" in fn.__qualname__:
+            raise backends.Hopeless("there is no such path")
+        return await guarded(self, fn, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(endpoint.Endpoint, "guarded", refuses)
+        with pytest.raises(ValueError, match="no such path"):
+            generate.generate(at(server, tmp_path, use_batch_api=True))
+    assert generate.generate(at(server, tmp_path)).classes == {"ok": 20}
+
+
+@pytest.mark.parametrize(
+    "at_status, change",
+    [("in_progress", dict(status="queued")), ("completed", dict(output_file_id=None))],
+)
+def test_a_job_is_not_given_up_before_its_answers_came(
+    tmp_path, server, monkeypatch, at_status, change
+):
+    """A status that is not known, and a job that is said to be complete but names no file."""
+    from openai.resources import batches
+
+    retrieve, polls = batches.AsyncBatches.retrieve, []
+
+    async def odd(self, *args, **kwargs):
+        found = await retrieve(self, *args, **kwargs)
+        polls.append(found.status)
+        if found.status == at_status and polls.count(at_status) == 1:
+            found = found.model_copy(update=change)
+        return found
+
+    monkeypatch.setattr(batches.AsyncBatches, "retrieve", odd)
+    for _ in range(2):
+        with contextlib.suppress(ValueError):
+            generate.generate(at(server, tmp_path, use_batch_api=True, poll_seconds=0))
+    with Store(tmp_path / "s.sqlite", write=False) as store:
+        assert set(store.keys().values()) == {"ok"} and len(store.keys()) == 20
+        assert len(store.read("batches", batch.Job)) == 1
+    assert len(server.answers()) == 20
 
 
 # --- As a user ------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from absl import logging
 
 from distill.teacher import limits, prompting, purchase, store
 from distill.teacher.backends import Failed, Hopeless, Reply, Request
-from distill.teacher.endpoint import Endpoint, parse_reply
+from distill.teacher.endpoint import Endpoint
 
 MAX_REQUESTS = 50_000  # of a job, what providers take
 MAX_BYTES = 100 << 20
-_OPEN = ("validating", "in_progress", "finalizing", "cancelling")
+# Any other status, also one that is not known here, is of a job that goes on.
+_ENDED = ("completed", "failed", "expired", "cancelled")
 _MARK = "distill_job"
 
 
@@ -55,8 +56,15 @@ class Part:
     key: str
     job: str
     row: str
+    input_sha256: str  # as it was handed in; the row may have another input since
     sample: int
     given_label: str | None
+
+
+def handed_in(into: store.Store) -> set[str]:
+    """Returns the keys of what lies in jobs that were not collected."""
+    prepare(into)
+    return {part.key for part in into.read("batch_requests", Part)}
 
 
 def prepare(into: store.Store) -> None:
@@ -110,27 +118,37 @@ async def buy(
         and (job.parameters, job.prompt_sha256) == (parameters, prompt.sha256)
     ]  # fmt: skip
     ours = {job.id for job in open_jobs}
-    by_key = {
-        part.key: Request(part.key, rows[part.row], part.sample, part.given_label)
-        for part in into.read("batch_requests", Part) if part.job in ours
-    }  # fmt: skip
+    by_key = {}
+    for part in into.read("batch_requests", Part):
+        if part.job in ours:
+            row = dataclasses.replace(rows[part.row], input_sha256=part.input_sha256)
+            by_key[part.key] = Request(part.key, row, part.sample, part.given_label)
     for request in by_key.values():  # spent, as far as the ceiling is concerned
         size = sizes(request)
         budget.settle((0, 0.0), (sum(dataclasses.astuple(size)), _cost(prices, size)))
     fresh = [request for request in requests if request.key not in by_key]
     by_key |= {request.key: request for request in fresh}
-    try:
-        for part in _parts(endpoint, fresh):
+    for part in _parts(endpoint, fresh):
+        fits = []
+        try:
             for request in part:
                 size = sizes(request)
                 budget.set_aside(sum(dataclasses.astuple(size)), _cost(prices, size))
-            open_jobs.append(await _submit(client, part, into, parameters, prompt))
-    except limits.CeilingReached as e:
-        outcome.stopped = str(e)
+                fits.append(request)
+        except limits.CeilingReached as e:
+            outcome.stopped = str(e)
+        if fits:
+            open_jobs.append(await _submit(client, fits, into, parameters, prompt))
+        if outcome.stopped:
+            break
     while open_jobs:
         for job in list(open_jobs):
-            found = await client.call("look at a job", client.batches.retrieve, job.batch_id)
-            if found.status in _OPEN:
+            try:
+                found = await client.call("look at a job", client.batches.retrieve, job.batch_id)
+            except Failed as e:  # A day is long: a network comes back.
+                logging.warning("%s. Waiting goes on", e)
+                continue
+            if found.status not in _ENDED:
                 _note(into, dataclasses.replace(job, status=found.status))
                 continue
             open_jobs.remove(job)
@@ -168,7 +186,7 @@ class _Client:
                 return await self.endpoint.guarded(fn, *args, **kwargs)
             except Failed as e:
                 if attempt == 5:
-                    raise Hopeless(f"could not {what} at {self.endpoint.provider}: {e}") from e
+                    raise Failed(f"could not {what} at {self.endpoint.provider}: {e}") from e
                 await asyncio.sleep(min(2.0**attempt, e.retry_after or 2.0**attempt))
         raise AssertionError
 
@@ -200,7 +218,9 @@ async def _submit(
         uuid.uuid4().hex, None, "submitting", purchase.now(), endpoint.provider, parameters,
         prompt.sha256,
     )  # fmt: skip
-    parts = [Part(r.key, job.id, r.row.id, r.sample, r.given_label) for r in requests]
+    parts = [
+        Part(r.key, job.id, r.row.id, r.row.input_sha256, r.sample, r.given_label) for r in requests
+    ]
     with into.transaction():
         into.put("batches", [job])
         into.put("batch_requests", parts)
@@ -212,14 +232,21 @@ async def _submit(
         for r in requests
     ]  # fmt: skip
     content = ("\n".join(lines) + "\n").encode()
-    file = await client.call(
-        "upload a job", client.files.create, file=(f"{job.id}.jsonl", content), purpose="batch"
-    )
-    # Not repeated: a second one would be paid, too. `_find_lost` looks whether it got through.
-    made = await endpoint.guarded(
-        client.batches.create, input_file_id=file.id, endpoint=f"/v1{endpoint.path}",
-        completion_window="24h", metadata={_MARK: job.id},
-    )  # fmt: skip
+    uploaded = False
+    try:
+        file = await client.call(
+            "upload a job", client.files.create, file=(f"{job.id}.jsonl", content), purpose="batch"
+        )
+        uploaded = True
+        # Not repeated: a second one would be paid, too. `_find_lost` looks whether it got through.
+        made = await endpoint.guarded(
+            client.batches.create, input_file_id=file.id, endpoint=f"/v1{endpoint.path}",
+            completion_window="24h", metadata={_MARK: job.id},
+        )  # fmt: skip
+    except (Failed, Hopeless) as e:
+        if isinstance(e, Hopeless) or not uploaded:
+            _forget(into, job)  # There is none.
+        raise
     job = dataclasses.replace(job, batch_id=made.id, status=made.status)
     _note(into, job)
     logging.info("Handed in %d requests as %s", len(requests), made.id)
@@ -228,7 +255,12 @@ async def _submit(
 
 async def _find_lost(client: _Client, into: store.Store) -> None:
     """Finds out what became of jobs that a run was handing in when it died."""
-    lost = [job for job in into.read("batches", Job) if job.status == "submitting"]
+    provider = client.endpoint.provider  # Others are not known here, and not lost.
+    lost = [
+        job
+        for job in into.read("batches", Job)
+        if job.status == "submitting" and job.provider == provider
+    ]
     if not lost:
         return
     marks = {}
@@ -243,9 +275,7 @@ async def _find_lost(client: _Client, into: store.Store) -> None:
             batch = marks[job.id]
             _note(into, dataclasses.replace(job, batch_id=batch.id, status=batch.status))
         else:
-            with into.transaction():
-                into.remove("batch_requests", "job", job.id)
-                into.remove("batches", "id", job.id)
+            _forget(into, job)
 
 
 async def _collect(
@@ -253,13 +283,16 @@ async def _collect(
 ) -> list[store.Bought]:
     """Returns the answers of a job that has ended, in whatever way."""
     answers: dict[str, store.Bought] = {}
+    done = getattr(found.request_counts, "completed", 0)
+    if found.status == "completed" and done and not found.output_file_id:
+        raise Failed(f"{found.id} has {done} answers, but names no file of them")
     for file_id in (found.output_file_id, found.error_file_id):
         if not file_id:
             continue
         content = await client.call("fetch a job's answers", client.files.content, file_id)
         for line in content.text.split("\n"):
             key, reply, failed = _read(line, endpoint)
-            request = by_key.get(key)
+            request = by_key.get(key) if isinstance(key, str) else None
             if request is None or key in answers:
                 continue
             size = purchase.Size(0, 0) if failed else sizes(request)
@@ -279,7 +312,7 @@ def _read(line: str, endpoint: Endpoint) -> tuple[str | None, Reply, str | None]
         key, response = fields["custom_id"], fields.get("response") or {}
         status, body = response.get("status_code"), response.get("body")
         if status == 200:
-            return key, parse_reply(json.dumps(body).encode(), endpoint.api), None
+            return key, endpoint.read(json.dumps(body).encode()), None
         why = endpoint.short(f"HTTP {status}: {body or fields.get('error')}")
         if status == 400:
             return key, Reply(None, None, why, 0, 0), None
@@ -295,9 +328,15 @@ def _note(into: store.Store, job: Job) -> None:
         into.put("batches", [job])
 
 
+def _forget(into: store.Store, job: Job) -> None:
+    with into.transaction():
+        into.remove("batch_requests", "job", job.id)
+        into.remove("batches", "id", job.id)
+
+
 def _close(into: store.Store, job: Job, answers: Sequence[store.Bought]) -> None:
     """Keeps a job's answers; what it did not answer may be handed in again."""
     with into.transaction():
-        into.put("answers", answers)
+        into.keep(answers)
         into.put("batches", [dataclasses.replace(job, status="collected")])
         into.remove("batch_requests", "job", job.id)

@@ -119,6 +119,12 @@ class GenerateConfig:
             )
         if self.use_batch_api and self.teacher != "openai":
             raise ValueError("USE_BATCH_API is for TEACHER=openai")
+        if isinstance(self.ask_again, str):
+            raise ValueError(
+                f"ASK_AGAIN must be a tuple: --gin.ASK_AGAIN=\"('{self.ask_again}',)\""
+            )
+        if self.max_cost is not None and not self.max_cost > 0:
+            raise ValueError(f"MAX_COST must be positive or None, not {self.max_cost!r}")
         if unknown := set(self.ask_again) - set(store_lib.CLASSES):
             raise ValueError(
                 f"ASK_AGAIN: there is no class {min(unknown)!r}; there are "
@@ -147,11 +153,12 @@ def generate(config: GenerateConfig) -> summary.Report:
     parameters = json.dumps(backend.parameters, sort_keys=True, ensure_ascii=False)
     with store_lib.Store(config.store) as store:
         store.ask(rows)
+        first: dict[str, store_lib.Asked] = {}
+        for row in rows:
+            first.setdefault(row.input_sha256, row)
         request = functools.partial(_request, backend, parameters, prompt)
         wanted = [
-            request(row, sample)
-            for row in {row.input_sha256: row for row in rows}.values()
-            for sample in range(config.num_samples)
+            request(row, sample) for row in first.values() for sample in range(config.num_samples)
         ]
         asked = {request.key for request in wanted}
         answered = set()
@@ -289,14 +296,8 @@ def _to_rationalise(config, store, rows, asked, request, metric_fn, options):
         for row in rows
         if row.gold is not None and row.id not in right
     }
-    # Two rows with one input and different labels would both be sample `num_samples`.
-    place = collections.Counter()
-    requests = []
-    for row in wrong.values():
-        sample = config.num_samples + place[row.input_sha256]
-        place[row.input_sha256] += 1
-        requests.append(request(row, sample, row.gold))
-    return requests
+    # Sample 0 whatever NUM_SAMPLES is: the same question is not bought under two keys.
+    return [request(row, 0, row.gold) for row in wrong.values()]
 
 
 # --- Buying ---------------------------------------------------------------------------------------
@@ -314,8 +315,17 @@ def _buy(config, backend, requests, store, prompt, parameters, budget) -> purcha
     if not missing:
         return purchase.Outcome()
     paid = isinstance(backend, endpoint.Endpoint)
-    if paid:
-        quote = make_quote(backend, missing, prompt, config, store)
+    handed_in = batch.handed_in(store) & {request.key for request in missing} if paid else set()
+    if handed_in and not config.use_batch_api:
+        raise ValueError(
+            f"{len(handed_in)} of these answers lie in the batch API and would be bought twice: "
+            "collect them first, with --gin.USE_BATCH_API=True"
+        )
+    if handed_in:
+        logging.info("%d of them were handed in before", len(handed_in))
+    unpaid = [request for request in missing if request.key not in handed_in]
+    if paid and unpaid:
+        quote = make_quote(backend, unpaid, prompt, config, store)
         print(quote, file=sys.stderr)
         if not config.yes:
             _confirm()
@@ -338,10 +348,16 @@ def _buy(config, backend, requests, store, prompt, parameters, budget) -> purcha
             )  # fmt: skip
             try:
                 if config.use_batch_api:
-                    return await batch.buy(
-                        backend, missing, store, poll_seconds=config.poll_seconds, **shared
-                    )
-                return await purchase.buy(backend, missing, store, pace=config.pace, **shared)
+                    try:
+                        return await batch.buy(
+                            backend, missing, store, poll_seconds=config.poll_seconds, **shared
+                        )
+                    except backends.Failed as e:
+                        return purchase.Outcome(left=len(missing) - bar.n, stopped=str(e))
+                # What computes here has nothing to wait for: more at a time only hold up each
+                # other, the writer and Ctrl-C.
+                pace = config.pace if paid else dataclasses.replace(config.pace, concurrency=1)
+                return await purchase.buy(backend, missing, store, pace=pace, **shared)
             finally:
                 await backend.close()
 
@@ -382,7 +398,7 @@ class Quote:
     def __str__(self) -> str:
         basis = "from the answers in the store" if self.measured else "from the prompt's exemplars"
         cost = "unknown: give PRICE_PROMPT, PRICE_COMPLETION" if self.cost is None \
-            else f"{self.cost:,.2f}"  # fmt: skip
+            else f"{self.cost:,.{2 if self.cost >= 1 else 4}f}"  # fmt: skip
         return (
             f"Estimate ({basis}): {self.requests:,} requests, {self.prompt_tokens:,} + "
             f"{self.completion_tokens:,} tokens (prompts + completions), cost {cost}, about "
@@ -469,14 +485,17 @@ def records(
     """Yields the rationale store: every answer, those that are not kept without their content."""
     row_of = {row.id: row for row in rows}
     answer_of = {answer.key: answer for answer in answers}
+    last = collections.defaultdict(lambda: -1)  # sample of a row
     for decision in decided:
         row, answer = row_of[decision.id], answer_of[decision.key]
         if answer.cls == "transport":
             continue  # It was not answered.
+        # The rationalised ones, which come last, go on counting.
+        last[row.id] = answer.sample if answer.kind == "answer" else last[row.id] + 1
         yield sources.StoreRecord(
             id=row.id,
             input_sha256=row.input_sha256,
-            sample=answer.sample,
+            sample=last[row.id],
             rationale=answer.rationale if decision.kept else None,
             label=answer.label if decision.kept else None,
             confidence=decision.confidence if weight_by_confidence and decision.kept else None,
