@@ -9,6 +9,8 @@ source scripts/_venv.sh
 prepare_venv "test${DISTILL_EXTRAS:+,$DISTILL_EXTRAS}"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check --quiet .
-# loadfile: the tests of one file share what its fixtures trained. A worker that crashes is a
+# loadfile: the tests of one file share what its fixtures trained; in the order of conftest.LONG, not
+# by their number. A worker that crashes is a
 # failure at once: with restarts pytest-xdist can wait for ever.
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile --max-worker-restart=0 "$@"
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+  --max-worker-restart=0 "$@"
