@@ -143,6 +143,25 @@ def test_what_is_not_kept_is_there_without_content(tmp_path):
         assert record.confidence == (1.0 if kept else None)
 
 
+def test_one_store_serves_several_splits_and_datasets(tmp_path):
+    for name, split in (
+        ("arithmetic", "train"),
+        ("arithmetic", "test"),
+        ("arithmetic_noisy", "train"),
+    ):
+        generate.generate(
+            config(tmp_path, mixture_or_task_name=name, split=split, num_examples=20,
+                   prompt="arithmetic")
+        )  # fmt: skip
+    generate.generate(config(tmp_path, num_examples=10))
+    ids = [record.id.rpartition("/")[0] for record in sources.read_store(tmp_path / "s.jsonl")]
+    assert {name: ids.count(name) for name in ids} == {
+        "arithmetic/test": 20, "arithmetic_noisy/train": 20, "arithmetic/train": 10,
+    }  # fmt: skip
+    with Store(tmp_path / "s.sqlite", write=False) as store:
+        assert len(store.read("decisions", decisions.Decision)) == 50
+
+
 # --- Where rows come from -------------------------------------------------------------------------
 
 

@@ -377,8 +377,19 @@ def test_a_signal_keeps_what_was_paid(tmp_path):
 @pytest.mark.parametrize("heals", [True, False])
 def test_a_full_disk_stops_buying_and_is_tried_again(tmp_path, heals, monkeypatch):
     """SQLite has no page left; where there is room again in time, nothing is lost."""
-    if not heals:
-        monkeypatch.setattr(purchase, "_PATIENCE", 3)
+    monkeypatch.setattr(purchase, "_PATIENCE", 3)
+    refused, add = [], Store.add
+
+    def counting(self, *given):
+        try:
+            add(self, *given)
+        except sqlite3.OperationalError as e:
+            refused.append(str(e))
+            if heals and len(refused) == 2:
+                self._db.execute("PRAGMA max_page_count = 1000000")
+            raise
+
+    monkeypatch.setattr(Store, "add", counting)
     with teacher_server.start(tmp_path / "log.jsonl") as server, Store(tmp_path / "s") as store:
         config = endpoint.EndpointConfig(model="teacher", base_url=server.base_url)
         (pages,) = store._db.execute("PRAGMA page_count").fetchone()
@@ -386,10 +397,6 @@ def test_a_full_disk_stops_buying_and_is_tried_again(tmp_path, heals, monkeypatc
 
         async def run():
             backend = endpoint.Endpoint(config, PROMPT)
-            if heals:
-                asyncio.get_running_loop().call_later(
-                    2.0, store._db.execute, "PRAGMA max_page_count = 1000000"
-                )
             try:
                 return await purchase.buy(
                     backend, to_requests(backend, rows(2_000)), store, prompt=PROMPT,
@@ -401,7 +408,7 @@ def test_a_full_disk_stops_buying_and_is_tried_again(tmp_path, heals, monkeypatc
 
         outcome = asyncio.run(asyncio.wait_for(run(), 60))
         sold = len(server.answers())
-        assert sold < 1_000
+        assert sold < 2_000 and len(refused) == (2 if heals else 4)
         assert "cannot be written: database or disk is full" in outcome.stopped
         assert len(store.answers()) == outcome.bought
         assert (outcome.bought == sold) == heals == ("lost" not in outcome.stopped)
@@ -561,7 +568,9 @@ def test_redaction(text, kept):
 @pytest.mark.parametrize(
     "settings, message",
     [(dict(model=None), "MODEL is missing"), (dict(api="responses"), "API must be one of"),
-     (dict(base_url="localhost:8000"), "BASE_URL must be"), (dict(key_env="NO_SUCH"), "is empty"),
+     (dict(base_url="localhost:8000"), "BASE_URL must be"),
+     (dict(base_url="https://me:word@host/v1"), "no user and no password"),
+     (dict(key_env="NO_SUCH"), "is empty"),
      (dict(key_file="/no/such"), "no such file"), (dict(max_tokens=0), "MAX_TOKENS"),
      (dict(base_url="https://host/v1?key=word"), "may have no query"),
      (dict(extra={"n": 5}), "may not hold 'n'"), (dict(temperature=-1.0), "TEMPERATURE"),

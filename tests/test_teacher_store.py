@@ -116,13 +116,20 @@ def test_decisions_are_replaced_and_flags_stay_flags(tmp_path):
         words: int
         confidence: float | None
 
-    first = [Decision("i", "k", True, None, 3, 0.5), Decision("j", "k", False, True, 3, None)]
+    first = [Decision("d/train/0", "k", True, None, 3, 0.5),
+             Decision("d/train/1", "k", False, True, 3, None)]  # fmt: skip
+    other = [Decision("d/test/2", "k", True, True, 1, None)]
     with Store(tmp_path / "s.sqlite") as store:
-        store.decide(first)
-        assert store.read("decisions", Decision) == first
-        store.decide(first[1:])
-        (only,) = store.read("decisions", Decision)
-        assert only.kept is False and only.right is True
+        store.ask([asked(0), asked(1), asked(2, id="d/test/2", split="test")])
+        store.decide(Decision, first, "d", "train")
+        store.decide(Decision, other, "d", "test")
+        assert store.read("decisions", Decision) == first + other
+        store.decide(Decision, first[1:], "d", "train")
+        kept, changed = store.read("decisions", Decision)
+        assert kept == other[0]
+        assert changed.kept is False and changed.right is True
+        store.decide(Decision, [], "d", "test")
+        assert store.read("decisions", Decision) == first[1:]
 
 
 def test_the_key_changes_with_everything_that_is_asked():

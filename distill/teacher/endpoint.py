@@ -84,11 +84,16 @@ class EndpointConfig:
 
     @property
     def provider(self) -> str:
-        """Host and path of the endpoint, without user, password and query."""
+        """Host and path of the endpoint."""
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 f"BASE_URL must be such as http://localhost:8000/v1, not {redacted(self.url)!r}"
+            )
+        if "@" in parts.netloc:
+            raise ValueError(
+                "BASE_URL may hold no user and no password: they would be shown with the settings. "
+                "Put the key into the environment (API_KEY_ENV) or a file (API_KEY_FILE)"
             )
         if parts.query or parts.fragment:
             raise ValueError(
@@ -184,12 +189,13 @@ class Endpoint:
         return next((self.parameters[name] for name in names if name in self.parameters), 4096)
 
     def prompt_bytes(self, request: Request) -> int:
-        """Returns about the size of what is sent, in bytes: the prompt's, and the input's."""
+        """Returns about the size of the texts that are sent, in bytes."""
         label = request.given_label
         if (label is None) not in self._fixed:
-            empty = dataclasses.replace(request, row=dataclasses.replace(request.row, input=""))
-            text = json.dumps(self.body(empty), ensure_ascii=False)
-            self._fixed[label is None] = len(text.encode("utf-8", "replace"))
+            texts = [turn["content"] for turn in self._prompt.messages("", label)]
+            # What stands between the turns of a chat comes to a few tokens each.
+            size = sum(len(text.encode("utf-8", "replace")) + 16 for text in texts)
+            self._fixed[label is None] = size
         return self._fixed[label is None] + len(request.row.input.encode("utf-8", "replace"))
 
     def body(self, request: Request) -> dict[str, Any]:

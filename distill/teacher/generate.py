@@ -93,7 +93,7 @@ class GenerateConfig:
     prices: purchase.Prices = purchase.Prices()  # noqa: RUF009 (frozen)
     max_total_tokens: int | None = None
     max_cost: float | None = None
-    ask_again: Sequence[str] = ("transport",)
+    ask_again: Sequence[str] = store_lib.UNHEARD
     policy: decisions.Policy = decisions.Policy()  # noqa: RUF009 (frozen)
     weight_by_confidence: bool = False
     output: str | None = None
@@ -462,9 +462,12 @@ def _conclude(config, store, rows, answered, metric_fn, options) -> summary.Repo
     """Decides about every answer of this run, and writes what training and people read."""
     answers = [answer for answer in store.answers() if answer.key in answered]
     decided = decisions.decide(rows, answers, config.policy, metric_fn, options)
-    store.decide(decided)
+    store.decide(decisions.Decision, decided, rows[0].dataset, config.split)
     output = config.beside(".jsonl", config.output)
-    sources.write_store(output, list(records(rows, answers, decided, config.weight_by_confidence)))
+    made = list(records(rows, answers, decided, config.weight_by_confidence))
+    sources.write_store(
+        output, _of_other_splits(output, store, rows[0].dataset, config.split) + made
+    )
     found = summary.summary(rows, answers, decided)
     page = config.beside(".html", config.report)
     page.write_text(report.html_page(found))
@@ -474,6 +477,16 @@ def _conclude(config, store, rows, answered, metric_fn, options) -> summary.Repo
     print(f"  --gin.RATIONALE_STORE={output}")
     print(f"The report as a page: {page}")
     return found
+
+
+def _of_other_splits(
+    output: epath.Path, store: store_lib.Store, dataset: str, split: str
+) -> list[sources.StoreRecord]:
+    """What earlier runs into this store wrote about other datasets and splits."""
+    if not output.exists():
+        return []
+    others = {row.id for row in store.asked() if (row.dataset, row.split) != (dataset, split)}
+    return [record for record in sources.read_store(output) if record.id in others]
 
 
 def records(

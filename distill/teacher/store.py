@@ -350,13 +350,13 @@ class Store:
         with self.transaction():
             self.put("inputs", rows)
 
-    def decide(self, decisions: Sequence[Any]) -> None:
-        """Replaces the decisions about all answers."""
+    def decide(self, record: type, decisions: Sequence[Any], dataset: str, split: str) -> None:
+        """Replaces the decisions, of type `record`, about the rows of one split of a dataset."""
         with self.transaction():
-            self._db.execute("DROP TABLE IF EXISTS decisions")
-            if decisions:
-                self.table("decisions", type(decisions[0]), "id", "key")
-                self.put("decisions", decisions)
+            self.table("decisions", record, "id", "key")
+            rows = "SELECT id FROM inputs WHERE dataset = ? AND split = ?"
+            self._db.execute(f"DELETE FROM decisions WHERE id IN ({rows})", [dataset, split])
+            self.put("decisions", decisions)
 
     # --- Reading ---
 
