@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import sys
 
 # Before anything imports jax, also in pytest-xdist's workers.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -66,6 +67,19 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"no shared folder at {path}; DISTILL_SHARED names another")
     return path
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """Registers the project's tasks, on bytes and without a data folder."""
+    from distill import task  # imports TensorFlow
+
+    monkeypatch.delenv("DISTILL_DATA_DIR", raising=False)
+    monkeypatch.delenv("DISTILL_VOCABULARY", raising=False)
+    task.reset()
+    task.import_module("tasks")
+    yield sys.modules["tasks"]
+    task.reset()
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
-def tasks(monkeypatch):
-    """Registers the project's tasks, on bytes and without a data folder."""
-    monkeypatch.delenv("DISTILL_DATA_DIR", raising=False)
-    monkeypatch.delenv("DISTILL_VOCABULARY", raising=False)
-    task.reset()
-    task.import_module("tasks")
-    yield sys.modules["tasks"]
-    task.reset()
-
-
-@pytest.fixture
 def released(tasks, shared):
     task.bind(data_dir=str(shared / "datasets"))
     return tasks

@@ -6,7 +6,6 @@ import json
 import pathlib
 import random
 import re
-import sys
 import time
 
 import pytest
@@ -28,17 +27,6 @@ input = "Broke on day one, {label} {input}."
 rationale = "It broke at once."
 label = "bad"
 """
-
-
-@pytest.fixture
-def tasks(monkeypatch):
-    """Registers the project's tasks, on bytes and without a data folder."""
-    monkeypatch.delenv("DISTILL_DATA_DIR", raising=False)
-    monkeypatch.delenv("DISTILL_VOCABULARY", raising=False)
-    task.reset()
-    task.import_module("tasks")
-    yield sys.modules["tasks"]
-    task.reset()
 
 
 def exemplars(*names):
