@@ -118,7 +118,7 @@ class GenerateConfig:
                 "set --gin.TEMPERATURE=0.7"
             )
         if self.use_batch_api and self.teacher != "openai":
-            raise ValueError("USE_BATCH_API is for TEACHER=openai")
+            raise ValueError("USE_BATCH_API is for TEACHER=openai: leave it at False")
         if isinstance(self.ask_again, str):
             raise ValueError(
                 f"ASK_AGAIN must be a tuple: --gin.ASK_AGAIN=\"('{self.ask_again}',)\""
@@ -225,7 +225,9 @@ def read_rows(
         ]
     rows = rows[: config.num_examples]
     if not rows:
-        raise ValueError(f"{config.input_file or dataset}, {config.split}: there is no row")
+        raise ValueError(
+            f"{config.input_file or dataset}, {config.split}: there is no row; see SPLIT"
+        )
     asked = [
         store_lib.Asked(i, dataset, config.split, text, sources.input_sha256(text), gold)
         for i, text, gold in rows

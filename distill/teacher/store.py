@@ -360,14 +360,14 @@ class Store:
 
     # --- Reading ---
 
-    def read(self, table: str, record: type[_Record], where: str = "", *values) -> list[_Record]:
+    def read(self, table: str, record: type[_Record]) -> list[_Record]:
         """Returns the rows of a table as dataclasses, in the order in which they were written."""
         names = [field.name for field in dataclasses.fields(record)]
         flags = {n for n, kind in typing.get_type_hints(record).items() if _plain(kind) is bool}
-        sql = f"SELECT {', '.join(map(_column, names))} FROM {table} {where} ORDER BY rowid"
+        sql = f"SELECT {', '.join(map(_column, names))} FROM {table} ORDER BY rowid"
         return [
             record(**{n: _from_storable(v, n in flags) for n, v in zip(names, row, strict=True)})
-            for row in self._db.execute(sql, values)
+            for row in self._db.execute(sql)
         ]
 
     def asked(self) -> list[Asked]:
