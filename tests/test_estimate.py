@@ -28,6 +28,7 @@ COMPILED = [
     ("xxl", "v5p:4x4x4", (16, 4), 128, "full", 4, "Adafactor", 3.102),
     ("xxl", "v5p:4x4x4", (16, 4), 128, "attention", 1, "Adafactor", 5.576),
     ("small", "v5e:2x2", (1, 1), 64, "minimal", 1, "Adafactor", 2.817),
+    ("base", "v5e:2x4", (4, 2), 64, "full", 1, "AdamW", 2.097),
 ]
 DEVICES = {
     "v4:4x4x4": 64, "v5p:4x4x4": 64, "v6e:8x8": 64, "v5e:16x16": 256, "v5e:2x4": 8, "v6e:2x4": 8,
