@@ -126,8 +126,12 @@ def finite(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_lines(path: epath.Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Writes a file of JSON lines that is there as a whole or not at all."""
+    write_text(path, "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
     content = text.encode("utf-8", "backslashreplace")  # whatever the locale is
     if "://" in str(path):  # an object appears when it is complete
         path.write_bytes(content)

@@ -72,6 +72,7 @@ class TrainConfig:
         on a CPU as many as keep a part at 4,096 tokens.
       random_seed: of initialisation and dropout.
       json_write_n_results: predictions written per task and evaluation; None = all.
+      test_at_end: also evaluate the last step on the test split.
       allow_changed_data: go on although the data is not what the checkpoint was trained on.
     """
 
@@ -88,6 +89,7 @@ class TrainConfig:
     num_microbatches: int | None = None
     random_seed: int = 0
     json_write_n_results: int | None = None
+    test_at_end: bool = True
     allow_changed_data: bool = False
 
     def __post_init__(self):
@@ -469,7 +471,7 @@ def train(
         saver.wait()
         if not scores and validation is not None:  # a run that was complete when it was started
             scores = examine(validation, state.params, last_step, progress, writer, bar)
-        if test is not None:
+        if test is not None and config.test_at_end:
             scores = scores + examine(test, state.params, last_step, progress, writer, bar)
     if scores and is_writer:
         print(scoring.table([(f"checkpoint_{last_step}", s) for s in scores]), flush=True)

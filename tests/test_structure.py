@@ -47,7 +47,7 @@ FLOORS = {
     "evaluate": 7,
     "train": 7,
     "plan": 8,
-    "study": 8,
+    "study": 10,  # it runs commands
     "report": 8,
     "inspection": 8,
     "configure": 9,

@@ -1,0 +1,217 @@
+"""A study's results as files: JSON lines, a Markdown table, and plots."""
+
+import math
+from collections.abc import Sequence
+
+from etils import epath
+
+from distill import results
+from distill.study.manifest import DATASET, MODEL
+from distill.study.summary import (
+    Crossing,
+    Point,
+    Summary,
+    curves,
+)
+
+_COLOURS = ("#4a5568", "#2b6cb0", "#b45309", "#2f855a", "#b83280", "#6b46c1", "#0e7490", "#c53030")
+_MARKERS = "os^DvP*X"
+_AXES = {
+    "TRAIN_FRACTION": "training examples", "NUM_TRAIN_EXAMPLES": "training examples",
+    MODEL: "parameters of the student", "ALPHA": "alpha (weight of the label's loss)",
+}  # fmt: skip
+_LOGARITHMIC = ("TRAIN_FRACTION", "NUM_TRAIN_EXAMPLES", MODEL)
+
+
+def write(summary: Summary, output_dir: str) -> list[epath.Path]:
+    """Writes `results.jsonl`, `results.md` and a plot for each axis; returns their paths."""
+    folder = epath.Path(output_dir).expanduser()
+    results.write_lines(folder / "results.jsonl", summary.lines)
+    results.write_text(folder / "results.md", markdown(summary))
+    written = [folder / "results.jsonl", folder / "results.md"]
+    for axis in summary.axes:
+        if all(_is_number(p.position(axis)) for p in summary.points if axis in p.axes):
+            for suffix in ("png", "svg"):
+                written.append(folder / f"{axis.lower().replace('.', '-')}.{suffix}")
+                draw(summary, axis, written[-1])
+    return written
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def markdown(summary: Summary) -> str:
+    """Returns the table of all settings, the differences, and what was read off the curves."""
+    study, points = summary.study, summary.points
+    shown = [axis for axis in summary.axes if axis != "TRAIN_FRACTION"]
+    several = len({p.dataset for p in points}) > 1
+    header = [
+        *([DATASET] if several else []), "arm", *shown, "examples", "steps", "training tokens",
+        "seeds", "test", "95 % over seeds", "sd", "validation",
+    ]  # fmt: skip
+    rows = [
+        [
+            *([p.dataset] if several else []), p.arm, *(str(p.axes.get(a, "")) for a in shown),
+            f"{p.examples:,}", f"{p.steps:,.0f}", _short(p.tokens), str(len(p.seeds)),
+            f"{p.mean:.4f}", _plus_minus(p.half_width),
+            f"{p.test.std(ddof=1):.4f}" if len(p.test) > 1 else "", f"{p.validation.mean():.4f}",
+        ]
+        for p in points
+    ]  # fmt: skip
+    parts = [f"# {study.title}"]
+    for dataset in dict.fromkeys(p.dataset for p in points):
+        first = next(p for p in points if p.dataset == dataset)
+        teacher = "" if first.teacher is None else f"; the teacher has {first.teacher:.4f}"
+        parts.append(
+            f"{dataset}: {first.metric} on {first.n:,} test examples at the step that is best on "
+            f"validation (standard error over examples about {first.standard_error:.4f}){teacher}."
+        )
+    parts.append(_table(header, rows))
+    if summary.differences:
+        rows = [
+            [
+                d.point.arm + _axes_of(d.point, shown), d.baseline.arm, f"{d.point.examples:,}",
+                f"{d.mean:+.4f} {_plus_minus(d.half_width)}".rstrip(), d.verdict,
+            ]
+            for d in summary.differences
+        ]  # fmt: skip
+        parts.append("Differences, seed by seed (95 % interval of the mean, Student's t):")
+        parts.append(_table(["arm", "minus", "examples", "difference", ""], rows))
+    said = [_said(c, "examples") for c in summary.examples]
+    said += [_said(c, "parameters") for c in summary.sizes]
+    if said:
+        parts.append("\n".join(f"- {line}" for line in said))
+    return "\n\n".join(parts) + "\n"
+
+
+def _axes_of(point: Point, shown: Sequence[str]) -> str:
+    values = [f"{axis} {point.axes[axis]}" for axis in shown if axis in point.axes]
+    return f" ({', '.join(values)})" if values else ""
+
+
+def _said(crossing: Crossing, unit: str) -> str:
+    """A sentence about a crossing."""
+    first, last = (f"{x:,.0f}" for x in crossing.span)
+    start = f"{crossing.where}: {crossing.arm} reaches {crossing.line} ({crossing.level:.4f})"
+    if crossing.at is None:
+        said = f"{start} at none of {first} to {last} {unit}"
+    else:
+        share = f", {crossing.at / crossing.span[1]:.0%} of them" if unit == "examples" else ""
+        at_first = (
+            " (its first point, so perhaps earlier)" if crossing.at == crossing.span[0] else ""
+        )
+        said = f"{start} with {crossing.at:,.0f} {unit}{share}{at_first}"
+    if crossing.reached is None:
+        return f"{said}; one seed, so no interval."
+    if crossing.low is None:
+        return f"{said}; {crossing.reached:.0%} of resampled seeds reach it."
+    high = "beyond the last" if math.isinf(crossing.high) else f"{crossing.high:,.0f}"
+    return f"{said}; 95 % over seeds {crossing.low:,.0f} to {high}."
+
+
+def _plus_minus(half_width: float) -> str:
+    return "" if math.isnan(half_width) else f"+- {half_width:.4f}"
+
+
+def _short(count: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [list(header), *map(list, rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in cells
+    )
+
+
+# --- Plots ----------------------------------------------------------------------------------------
+
+
+def draw(summary: Summary, axis: str, path: epath.Path) -> None:
+    """Draws the metric over an axis into a file: a panel a dataset, a curve an arm.
+
+    Points are means over seeds, bars their 95 % intervals, small points the seeds themselves. A
+    value of another axis that several curves differ in is written beside the arm.
+
+    Args:
+      summary: what to draw.
+      axis: of the manifest.
+      path: of the file; its suffix is the format, `.png` or `.svg`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    points = [p for p in summary.points if axis in p.axes]
+    datasets = list(dict.fromkeys(p.dataset for p in points))
+    arms = list(dict.fromkeys(key[1:] for key in curves(points, axis)))
+    columns = min(2, len(datasets))
+    rows = -(-len(datasets) // columns)
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "distill"}):
+        figure = Figure(figsize=(6.4 * columns, 4.2 * rows + 0.4), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for unused in grid.flat[len(datasets) :]:
+            unused.remove()
+        for panel, dataset in zip(grid.flat, datasets, strict=False):
+            _panel(panel, summary, axis, dataset, arms)
+        figure.suptitle(summary.study.title, fontsize=11)
+        figure.savefig(path_of(path), dpi=150, metadata=_undated(path))
+
+
+def path_of(path: epath.Path):
+    return path.open("wb") if "://" in str(path) else str(path)
+
+
+def _undated(path: epath.Path) -> dict[str, None]:
+    """The same results give the same file."""
+    return {"Date": None} if path.suffix == ".svg" else {}
+
+
+def _panel(panel, summary: Summary, axis: str, dataset: str, arms: Sequence[tuple]) -> None:
+    lines = {
+        key: group for key, group in curves(summary.points, axis).items() if key[0] == dataset
+    }  # fmt: skip
+    first = next(iter(lines.values()))[0]
+    for (_, arm, rest), group in lines.items():
+        number = arms.index((arm, rest))
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        several = [f"{k} {v}" for k, v in rest if k in summary.axes]
+        xs = [p.position(axis) for p in group]
+        bars = [0 if math.isnan(p.half_width) else p.half_width for p in group]
+        panel.errorbar(
+            xs, [p.mean for p in group], yerr=bars, color=colour, marker=marker, capsize=3,
+            label=", ".join([arm, *several]), linewidth=1.6, markersize=6, elinewidth=1,
+        )  # fmt: skip
+        for x, p in zip(xs, group, strict=True):
+            panel.plot([x] * len(p.test), p.test, ".", color=colour, alpha=0.45, markersize=5)
+    if first.teacher is not None:
+        panel.axhline(first.teacher, color="black", linestyle="--", linewidth=1)
+        panel.annotate(
+            f"teacher {first.teacher:.3f}", (0.01, first.teacher), fontsize=8, va="bottom",
+            xycoords=("axes fraction", "data"),
+        )  # fmt: skip
+    if axis in ("TRAIN_FRACTION", "NUM_TRAIN_EXAMPLES"):
+        for crossing in summary.examples:
+            if crossing.at is not None and crossing.where.split(",")[0] == dataset:
+                panel.axhline(crossing.level, color=_COLOURS[0], linestyle=":", linewidth=1)
+                panel.plot([crossing.at], [crossing.level], "*", color="black", markersize=11)
+    if axis in _LOGARITHMIC:
+        from matplotlib import ticker
+
+        panel.set_xscale("log")
+        ticks = sorted({p.position(axis) for group in lines.values() for p in group})
+        panel.set_xticks(ticks, labels=[_short(x) if x >= 1e5 else f"{x:,.0f}" for x in ticks])
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
+    panel.set_xlabel(_AXES.get(axis, axis))
+    panel.set_ylabel(f"test {first.metric}")
+    panel.set_title(f"{dataset} (bars: 95 % over seeds)", fontsize=9)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
