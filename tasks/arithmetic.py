@@ -25,6 +25,9 @@ from distill import metrics, sources, task
 SPLITS = ("train", "validation", "test")
 # Percent of all chains that belong to each split.
 SHARES = {"train": 75, "validation": 5, "test": 20}
+# `9, then 4, then 8.`; `7 + 2 = 9, 9 - 5 = 4, 4 + 4 = 8.`; `4.`, the amount before the last change;
+# the amounts of another problem, which teach nothing about this one.
+RATIONALES = ("amounts", "sums", "last", "unrelated")
 NAMES = ("Ann", "Ben", "Eva", "Kim", "Sam", "Tom")
 
 
@@ -38,6 +41,7 @@ class NutsSource:
       sizes: rows of each split; no chain comes twice.
       teacher_error_rate: fraction of rows, in [0, 1], in which the teacher gets a sum wrong.
       equation: the label is the equation `(7 + 2 - 5 + 4)`, not the final amount.
+      rationale: what the teacher says, one of RATIONALES; inputs and labels are the same.
       seed: of the generator.
     """
 
@@ -46,6 +50,7 @@ class NutsSource:
     sizes: tuple[int, int, int] = (4_800, 300, 1_200)
     teacher_error_rate: float = 0.0
     equation: bool = False
+    rationale: str = "amounts"
     seed: int = 0
     splits = SPLITS
 
@@ -53,6 +58,10 @@ class NutsSource:
         if not 0 <= self.teacher_error_rate <= 1:
             raise ValueError(
                 f"teacher_error_rate must be in [0, 1], not {self.teacher_error_rate!r}"
+            )
+        if self.rationale not in RATIONALES:
+            raise ValueError(
+                f"rationale must be one of {', '.join(RATIONALES)}, not {self.rationale!r}"
             )
         chains = 10 * 9**self.changes
         for split, size in zip(SPLITS, self.sizes, strict=True):
@@ -96,8 +105,21 @@ class NutsSource:
             id=row_id,
             input=f"{who} has {amounts[0]} nuts, {story}.",
             label=label,
-            answers=(sources.Answer(", then ".join(map(str, taught[1:])) + ".", teacher_label),),
+            answers=(sources.Answer(self._said(taught), teacher_label),),
         )
+
+    def _said(self, taught: tuple[int, ...]) -> str:
+        """The teacher's rationale for these amounts."""
+        if self.rationale == "sums":
+            steps = zip(taught, taught[1:], strict=False)
+            sums = (f"{a} {'+' if b > a else '-'} {abs(b - a)} = {b}" for a, b in steps)
+            return ", ".join(sums) + "."
+        if self.rationale == "last":
+            return f"{taught[-2]}."
+        if self.rationale == "unrelated":
+            digest = hashlib.sha256(repr(taught).encode()).digest()
+            taught = (0, *(byte % 10 for byte in digest[: self.changes]))
+        return ", then ".join(map(str, taught[1:])) + "."
 
 
 def _with_slip(amounts: tuple[int, ...], wrong: int, slip: int) -> tuple[int, ...]:
@@ -135,3 +157,11 @@ task.register(
     source=NutsSource("arithmetic_equation", equation=True),
     metric_fns=[metrics.equation_accuracy],
 )
+# The same problems under other rationales: does their length matter, does what they say?
+for _rationale in RATIONALES[1:]:
+    task.register(
+        f"arithmetic_{_rationale}",
+        source=NutsSource(f"arithmetic_{_rationale}", rationale=_rationale),
+        metric_fns=[metrics.label_accuracy],
+        options=AMOUNTS,
+    )

@@ -23,7 +23,7 @@ from distill import (
     t5,
     train,
 )
-from distill.study.manifest import STEPS, Cell, Study
+from distill.study.manifest import DATASET, STEPS, Cell, Study
 
 RUNS, RESULTS = "runs", "cells"
 # Another process has this run in hand.
@@ -79,7 +79,7 @@ def run_cell(study: Study, cell: Cell, output_dir: str, user: Sequence[str] = ()
         trained = configure.execute(train.train, [*argv, f"--gin.MODEL_DIR={folder}"])
         given = configure.resolved_arguments(train.train, [*argv, f"--gin.MODEL_DIR={folder}"])
         (best,) = students.find(str(folder), "best")
-        scores = configure.execute(evaluate.evaluate, _test(folder, given["data"]))
+        scores = configure.execute(evaluate.evaluate, _test(cell, folder, given["data"]))
         lines = [
             _line(study, cell, given, trained, best, score, folder) for _, score in scores
         ]  # fmt: skip
@@ -140,9 +140,11 @@ def _tokens_per_step(command: Sequence[str]) -> float:
     return float(batches.plan(0).tokens.mean())
 
 
-def _test(folder: epath.Path, rows: cache.RowsConfig) -> list[str]:
+def _test(cell: Cell, folder: epath.Path, rows: cache.RowsConfig) -> list[str]:
     """The command that tests the step that validation chose."""
     settings = {"CHECKPOINT_PATH": folder, "RESTORE_MODE": "best", "SPLIT": "test"}
+    if cell.arm.dataset:
+        settings["MIXTURE_OR_TASK_NAME"] = cell.point[DATASET]
     for name in ("data_dir", "cache_dir", "max_bad_rows"):
         if getattr(rows, name) is not None:
             settings[name.upper()] = getattr(rows, name)
@@ -155,7 +157,9 @@ def _line(
 ) -> dict[str, Any]:  # fmt: skip
     """A line of the results file. Nothing in it differs when the run is made again."""
     metric, estimate = score.main
-    validation = best.metadata["metrics"].get(f"{score.task}/validation", {})
+    own = cell.arm.dataset  # that it was validated on
+    task = score.task.replace(score.dataset, own, 1) if own else score.task
+    validation = best.metadata["metrics"].get(f"{task}/validation", {})
     corpus = cache.load(given["data"], "train")
     batches = data.TrainBatches(corpus, given["data"], packing.Flops.of(given["model"]))
     taught = [

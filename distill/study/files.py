@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from etils import epath
 
 from distill import results
-from distill.study.manifest import DATASET, MODEL
+from distill.study.manifest import DATASET
 from distill.study.summary import (
+    EXAMPLES,
     Crossing,
     Point,
     Summary,
     curves,
+    is_size,
 )
 
 _COLOURS = ("#4a5568", "#2b6cb0", "#b45309", "#2f855a", "#b83280", "#6b46c1", "#0e7490", "#c53030")
 _MARKERS = "os^DvP*X"
-_AXES = {
-    "TRAIN_FRACTION": "training examples", "NUM_TRAIN_EXAMPLES": "training examples",
-    MODEL: "parameters of the student", "ALPHA": "alpha (weight of the label's loss)",
-}  # fmt: skip
-_LOGARITHMIC = ("TRAIN_FRACTION", "NUM_TRAIN_EXAMPLES", MODEL)
 
 
 def write(summary: Summary, output_dir: str) -> list[epath.Path]:
@@ -47,7 +44,7 @@ def _is_number(value) -> bool:
 def markdown(summary: Summary) -> str:
     """Returns the table of all settings, the differences, and what was read off the curves."""
     study, points = summary.study, summary.points
-    shown = [axis for axis in summary.axes if axis != "TRAIN_FRACTION"]
+    shown = [axis for axis in summary.axes if axis not in EXAMPLES]
     several = len({p.dataset for p in points}) > 1
     header = [
         *([DATASET] if several else []), "arm", *shown, "examples", "steps", "training tokens",
@@ -170,6 +167,14 @@ def path_of(path: epath.Path):
     return path.open("wb") if "://" in str(path) else str(path)
 
 
+def _axis_name(axis: str) -> str:
+    if axis in EXAMPLES:
+        return "training examples"
+    if is_size(axis):
+        return "parameters of the student"
+    return {"ALPHA": "alpha, the weight of the label's loss"}.get(axis, axis)
+
+
 def _undated(path: epath.Path) -> dict[str, None]:
     """The same results give the same file."""
     return {"Date": None} if path.suffix == ".svg" else {}
@@ -198,19 +203,19 @@ def _panel(panel, summary: Summary, axis: str, dataset: str, arms: Sequence[tupl
             f"teacher {first.teacher:.3f}", (0.01, first.teacher), fontsize=8, va="bottom",
             xycoords=("axes fraction", "data"),
         )  # fmt: skip
-    if axis in ("TRAIN_FRACTION", "NUM_TRAIN_EXAMPLES"):
+    if axis in EXAMPLES:
         for crossing in summary.examples:
             if crossing.at is not None and crossing.where.split(",")[0] == dataset:
                 panel.axhline(crossing.level, color=_COLOURS[0], linestyle=":", linewidth=1)
                 panel.plot([crossing.at], [crossing.level], "*", color="black", markersize=11)
-    if axis in _LOGARITHMIC:
+    if axis in EXAMPLES or is_size(axis):
         from matplotlib import ticker
 
         panel.set_xscale("log")
         ticks = sorted({p.position(axis) for group in lines.values() for p in group})
         panel.set_xticks(ticks, labels=[_short(x) if x >= 1e5 else f"{x:,.0f}" for x in ticks])
         panel.xaxis.set_minor_locator(ticker.NullLocator())
-    panel.set_xlabel(_AXES.get(axis, axis))
+    panel.set_xlabel(_axis_name(axis))
     panel.set_ylabel(f"test {first.metric}")
     panel.set_title(f"{dataset} (bars: 95 % over seeds)", fontsize=9)
     panel.grid(alpha=0.3)

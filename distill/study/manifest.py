@@ -26,14 +26,17 @@
     model = "t5_1_1/xxl.gin"
     settings.PAIRS_PER_STEP = 32
 
-The names of axes and settings are gin's; two are not: `dataset`, and `model`, a gin file that comes
-before `files`. A task that is a mixture of two streams is trained step-by-step, every other one on
-one loss; `files` name a run that is step-by-step, such as `published.gin`.
+An arm may name a `dataset` of its own, such as one with other rationales for the same examples: it
+is trained on that and tested like the others. The names of axes and settings are gin's; two are
+not: `dataset`, and `model`, a gin file that comes before `files`. A task that is a mixture of two
+streams is trained step-by-step, every other one on one loss; `files` name a run that is
+step-by-step, such as `published.gin`.
 """
 
 import dataclasses
 import difflib
 import itertools
+import pathlib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -62,6 +65,7 @@ class Arm:
       settings: of its runs alone, by gin's names.
       axes: of its runs alone.
       tokens_of: the arm whose number of training tokens its runs get, instead of TRAIN_STEPS.
+      dataset: to train on, where it is not the one that it is tested on.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Arm:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     axes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     tokens_of: str | None = None
+    dataset: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +93,9 @@ class Cell:
     settings: Mapping[str, Any]
 
     @property
-    def dataset(self) -> str:
-        return self.point[DATASET]
-
-    @property
     def task(self) -> str:
         """The SeqIO task or mixture that it is trained on."""
-        return f"{self.dataset}_{self.arm.task}"
+        return f"{self.arm.dataset or self.point[DATASET]}_{self.arm.task}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,18 +209,18 @@ def read(path: str) -> Study:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{file}: not TOML: {e}") from None
     try:
-        return _study(epath.Path(file).stem, said)
+        return _study(file.stem, said)
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
 
 
-def _find(path: str) -> epath.Path:
+def _find(path: str) -> epath.Path | pathlib.Path:
     from distill import configure
 
     here = epath.Path(path).expanduser()
     if here.is_file():
         return here
-    packaged = [epath.Path(root) / "studies" for root in configure.packaged_roots()]
+    packaged = [pathlib.Path(root) / "studies" for root in configure.packaged_roots()]
     for folder in packaged:
         if (folder / path).is_file():
             return folder / path
@@ -261,7 +262,7 @@ def _study(name: str, said: dict[str, Any]) -> Study:
 def _arm(number: int, said: Any) -> Arm:
     where = f"arm {number}"
     _known(where, said, {
-        "name": str, "task": str, "settings": dict, "axes": dict, "tokens_of": str,
+        "name": str, "task": str, "settings": dict, "axes": dict, "tokens_of": str, "dataset": str,
     })  # fmt: skip
     for key in ("name", "task"):
         if not said.get(key):
@@ -272,6 +273,7 @@ def _arm(number: int, said: Any) -> Arm:
         settings=_settings(where, said.get("settings", {})),
         axes=_axes(where, said.get("axes", {})),
         tokens_of=said.get("tokens_of"),
+        dataset=said.get("dataset"),
     )
 
 
@@ -279,7 +281,7 @@ def _when(number: int, said: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     where = f"when {number}"
     if not isinstance(said, dict) or not isinstance(said.get("settings"), dict) or len(said) < 2:
         raise ValueError(f"{where} needs values of axes (or an arm) and [when.settings]")
-    values = {k: v for k, v in said.items() if k != "settings"}
+    values = _flat({k: v for k, v in said.items() if k != "settings"})
     return values, _settings(where, said["settings"])
 
 

@@ -16,10 +16,14 @@ import numpy as np
 
 from distill.study.manifest import DATASET, MODEL, SEED, Study
 
-FRACTION = "TRAIN_FRACTION"
 # Axes whose values say how many examples there are; curves run over the number itself.
-_EXAMPLES = (FRACTION, "NUM_TRAIN_EXAMPLES")
+EXAMPLES = ("TRAIN_FRACTION", "NUM_TRAIN_EXAMPLES")
 _RESAMPLES = 2000
+
+
+def is_size(axis: str) -> bool:
+    """Whether an axis changes the student; its curves run over the number of parameters."""
+    return axis == MODEL or axis.startswith("T5Config.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +73,9 @@ class Point:
 
     def position(self, axis: str) -> float:
         """Where it lies on an axis of a plot."""
-        if axis in _EXAMPLES:
+        if axis in EXAMPLES:
             return self.examples
-        return self.parameters if axis == MODEL else self.axes[axis]
+        return self.parameters if is_size(axis) else self.axes[axis]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +251,7 @@ def curves(points: Sequence[Point], axis: str) -> dict[tuple, list[Point]]:
 def _examples(points: Sequence[Point], baseline: str) -> list[Crossing]:
     """What each arm needs to match the baseline on all examples."""
     found = []
-    for axis in _EXAMPLES:
+    for axis in EXAMPLES:
         lines = {key: group for key, group in curves(points, axis).items() if len(group) > 1}
         for (dataset, arm, rest), group in lines.items():
             shared = {name for name, _ in rest}
@@ -264,10 +268,12 @@ def _examples(points: Sequence[Point], baseline: str) -> list[Crossing]:
 
 def _sizes(points: Sequence[Point]) -> list[Crossing]:
     """The smallest student of each arm that passes the teacher."""
+    sizes = dict.fromkeys(axis for point in points for axis in point.axes if is_size(axis))
     return [
-        _crossing(group, MODEL, np.array([group[0].teacher]), _where(dataset, rest, points),
+        _crossing(group, axis, np.array([group[0].teacher]), _where(dataset, rest, points),
                   "the teacher", steps=True)
-        for (dataset, _, rest), group in curves(points, MODEL).items()
+        for axis in sizes
+        for (dataset, _, rest), group in curves(points, axis).items()
         if len(group) > 1 and group[0].teacher is not None
     ]  # fmt: skip
 
@@ -313,6 +319,8 @@ def _first_at(xs: np.ndarray, ys: np.ndarray, level: float, steps: bool) -> floa
         return float(xs[0])
     for (x0, y0), (x1, y1) in itertools.pairwise(zip(xs, ys, strict=True)):
         if y1 >= level:
-            share = 1.0 if steps else (level - y0) / (y1 - y0)
+            if steps:
+                return float(x1)
+            share = (level - y0) / (y1 - y0)
             return float(np.exp(np.log(x0) + share * (np.log(x1) - np.log(x0))))
     return None
