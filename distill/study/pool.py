@@ -43,6 +43,7 @@ class _Running:
     place: int
     log: str
     started: float
+    told: bool = False  # to stop
 
 
 def places(workers: int | None) -> list[dict[str, str]]:
@@ -107,8 +108,6 @@ def run_cells(
     def stop(number, frame):
         del frame
         signals.append(number)
-        for at in running:
-            at.process.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     bar = tqdm(total=len(cells), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -119,6 +118,11 @@ def run_cells(
                     running.append(_start(waiting.popleft(), command, log_dir, idle, environments))
                 bar.set_description(", ".join(at.cell.name for at in running)[:80])
                 time.sleep(_POLL_SECONDS)
+                if signals:
+                    for at in running:
+                        if not at.told:
+                            at.process.send_signal(signal.SIGTERM)
+                            at.told = True
                 for at in [at for at in running if at.process.poll() is not None]:
                     running.remove(at)
                     idle.append(at.place)
