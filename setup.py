@@ -28,7 +28,7 @@ setuptools.setup(
         include=["distill", "distill.*", "tasks", "gin_configs", "gin_configs.t5x"]
     ),
     package_data={
-        "gin_configs": ["**/*.gin"],
+        "gin_configs": ["**/*.gin", "studies/**/*.toml"],
         "distill.report": ["*.html", "*.css", "*.js"],
         "distill.teacher": ["prompts/**/*.toml"],
     },

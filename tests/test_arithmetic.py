@@ -3,6 +3,7 @@
 import collections
 import re
 
+import numpy as np
 import pytest
 
 from distill import metrics
@@ -73,3 +74,28 @@ def test_equation_has_the_value_of_the_label():
 def test_impossible_settings_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         arithmetic.NutsSource("nuts", **settings)
+
+
+def test_other_rationales_belong_to_the_same_problems():
+    sources = {
+        kind: arithmetic.NutsSource("nuts", sizes=(2_000, 200, 1_000), rationale=kind)
+        for kind in arithmetic.RATIONALES
+    }
+    rows = {kind: source.rows("train") for kind, source in sources.items()}
+    for row, sums, last in zip(SOURCE.rows("train"), rows["sums"], rows["last"], strict=True):
+        assert (row.input, row.label) == (sums.input, sums.label) == (last.input, last.label)
+        amounts = solve(row.input)
+        assert last.answers[0].rationale == f"{amounts[-2]}."
+        steps = sums.answers[0].rationale.removesuffix(".").split(", ")
+        worked = [re.fullmatch(r"(\d) ([+-]) (\d) = (\d)", step).groups() for step in steps]
+        assert [int(a) + int(f"{op}{b}") for a, op, b, _ in worked] == amounts[1:]
+        assert [int(c) for *_, c in worked] == amounts[1:]
+    same = [
+        row.answers[0].rationale == other.answers[0].rationale
+        for row, other in zip(SOURCE.rows("train"), rows["unrelated"], strict=True)
+    ]
+    assert np.mean(same) < 0.01  # one in a thousand by chance
+    ends = [r.answers[0].rationale.rstrip(".")[-1] == r.label for r in rows["unrelated"]]
+    assert np.mean(ends) == pytest.approx(0.1, abs=0.03)
+    with pytest.raises(ValueError, match="rationale must be one of amounts"):
+        arithmetic.NutsSource("nuts", rationale="long")

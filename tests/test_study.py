@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from distill import configure, objectives, study, train
+from distill import configure, objectives, results, students, study, train
 from distill.study import files, manifest, pool, summary
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -397,6 +397,11 @@ def test_a_study_goes_on_and_its_results_are_the_same_to_the_last_bit(tmp_path):
     assert both["steps"] == 4 and both["chosen_step"] in (2, 4)
     assert labels["tokens"] == pytest.approx(both["tokens"], rel=0.1)
     assert labels["steps"] > both["steps"]
+
+    # Training has not looked at the test split.
+    kept = results.Store(out / "runs" / "both+RANDOM_SEED=0" / students.RESULTS).lines()
+    tested = {line["key"] for line in kept if line["split"] == "test" and line["run"] != "teacher"}
+    assert len(tested) == 1 and not tested.pop().startswith("training/")
 
     # One run again: the same bits. The other is not touched.
     kept = (out / "cells" / "labels+RANDOM_SEED=0.json").stat().st_mtime_ns
