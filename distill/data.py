@@ -108,8 +108,9 @@ class Batch:
     """One step's data.
 
     Attributes:
-      arrays: T5X's batch keys, `decoder_loss_groups` and, where rows have weights,
-        `decoder_example_weights`, int32 [rows, length]; this process's rows.
+      arrays: T5X's batch keys, `decoder_loss_groups`, where rows have weights
+        `decoder_example_weights`, and on demand `decoder_pair_ids`, int32 [rows, length]; this
+        process's rows.
       examples: pairs in the (global) batch.
       tokens: real tokens, inputs and targets together, in the (global) batch.
       sequences: numbers of the (global) batch's sequences, see `TrainBatches.example_ids`.
@@ -129,6 +130,7 @@ class Plan:
 
     Attributes:
       sequences: in the order of batches, rows, and places in the row, int [n].
+      pair_ids: the pair of each of them, counted from 1 in its batch, int32 [n].
       offsets: where each row begins in `sequences`, int [batches * rows + 1].
       examples: pairs of each batch, int [batches].
       tokens: real tokens of each batch, int [batches].
@@ -136,6 +138,7 @@ class Plan:
     """
 
     sequences: np.ndarray
+    pair_ids: np.ndarray
     offsets: np.ndarray
     examples: np.ndarray
     tokens: np.ndarray
@@ -144,11 +147,12 @@ class Plan:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def slice(self, batch: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(sequences, offsets into them) of `count` rows of a batch, from `first` on."""
+    def slice(self, batch: int, first: int, count: int) -> tuple[np.ndarray, ...]:
+        """(sequences, offsets into them, pair ids) of `count` rows of a batch from `first` on."""
         start = batch * self.rows + first
         offsets = self.offsets[start : start + count + 1]
-        return self.sequences[offsets[0] : offsets[-1]], offsets - offsets[0]
+        part = slice(offsets[0], offsets[-1])
+        return self.sequences[part], offsets - offsets[0], self.pair_ids[part]
 
 
 class TrainBatches:
@@ -162,6 +166,7 @@ class TrainBatches:
       pairs_per_epoch: examples drawn per epoch; with mixing rates not the same number.
       truncated: sequences cut to fit, `{"inputs": ..., "targets": ...}`.
       row_multiple: the rows of a batch are a multiple of this (shards x micro-batches).
+      with_pair_ids: batches say which tokens belong to one pair.
     """
 
     def __init__(
@@ -170,6 +175,7 @@ class TrainBatches:
         config: DataConfig,
         flops: packing.Flops = packing.T5_BASE,
         row_multiple: int = 1,
+        with_pair_ids: bool = False,
     ):
         """Prepares the plan of `corpus`.
 
@@ -178,12 +184,13 @@ class TrainBatches:
           config: see `DataConfig`.
           flops: of the student, for which row lengths are chosen.
           row_multiple: the rows of a batch are a multiple of this.
+          with_pair_ids: whether `decoder_pair_ids` are wanted (`Objective.needs_pairs`).
 
         Raises:
           ValueError: no rows; mixing rates that split a pair; BATCH_SIZE is no multiple of
             row_multiple; a pair that can never fit.
         """
-        self.config, self.corpus = config, corpus
+        self.config, self.corpus, self.with_pair_ids = config, corpus, with_pair_ids
         if not any(map(len, corpus.tasks)):
             raise ValueError(f"{corpus.name!r} has no rows in split {corpus.split!r}.")
         # Sequences are numbered through all tasks.
@@ -441,18 +448,42 @@ class TrainBatches:
         row = np.concatenate([unit.rows for unit in units])
         there = row >= 0
         batches = -(-len(units) // per_batch)
+        examples = np.bincount(unit_of // per_batch, minlength=batches)
+        # By place, not by pair: a small dataset fills a batch with copies, each a pair of its own.
+        first = np.cumsum(examples) - examples
+        ids = np.arange(len(pairs)) - np.repeat(first, examples) + 1
+        ids = np.repeat(ids, there.sum(axis=1)).astype(np.int32)
         # A unit is rows // per_batch rows of its batch.
         row = (unit_of * (rows // per_batch))[:, None] + row
         sequences, row = members[pairs][there], row[there]
         order = np.argsort(row, kind="stable")
-        sequences, row = sequences[order], row[order]
+        sequences, row, ids = sequences[order], row[order], ids[order]
         tokens = self._lengths[sequences].sum(axis=1)
         return Plan(
             sequences=sequences,
+            pair_ids=ids,
             offsets=np.searchsorted(row, np.arange(batches * rows + 1)),
-            examples=np.bincount(unit_of // per_batch, minlength=batches),
+            examples=examples,
             tokens=np.bincount(row // rows, tokens, minlength=batches).astype(np.int64),
             rows=rows,
+        )
+
+    @property
+    def max_pairs(self) -> int:
+        """Pairs that no batch of any epoch exceeds; with BATCH_SIZE as if all were the shortest."""
+        config = self.config
+        if config.pairs_per_step is not None:
+            return config.pairs_per_step
+        shortest = np.minimum.reduceat(self._lengths[self._ordered], self._slot_start)  # of choices
+        there = (self._slots >= 0)[..., None]
+        lengths = np.where(there, shortest[self._slots], 0).sum(axis=1)
+        room = config.batch_size * self._capacity
+        # Each unit of a batch may end with the first pairs again, several times if they are few.
+        units = max(1, config.batch_size // (packing.UNIT_ROWS // 2))
+        copies = int((room // lengths.sum(axis=0)).min()) + 2 * units
+        used = np.cumsum(np.sort(np.repeat(lengths, copies, axis=0), axis=0), axis=0)
+        return min(
+            int(np.searchsorted(u, r, side="right")) for u, r in zip(used.T, room, strict=True)
         )
 
     def waste(self, plan: Plan, flops: packing.Flops) -> packing.Waste:
@@ -497,12 +528,15 @@ class TrainBatches:
             )
         yield from stream
 
-    def assemble(self, sequences: np.ndarray, offsets: np.ndarray) -> dict[str, np.ndarray]:
+    def assemble(
+        self, sequences: np.ndarray, offsets: np.ndarray, pair_ids: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """The arrays of packed rows.
 
         Args:
           sequences: numbers of the sequences, in the order of the rows.
           offsets: where each row begins in `sequences`, and the end, int [rows + 1].
+          pair_ids: the pair of each sequence, from 1 on; used where `with_pair_ids`.
 
         Returns:
           int32 [rows, capacity] under T5X's batch keys.
@@ -541,6 +575,8 @@ class TrainBatches:
             if self._weighted:
                 weights = self._column("weights", sequences)
                 arrays["decoder_example_weights"] = spread(np.repeat(weights, length))
+            if self.with_pair_ids:
+                arrays["decoder_pair_ids"] = spread(np.repeat(pair_ids, length))
         return arrays
 
     def _by_task(self, sequences: np.ndarray) -> Iterator[tuple[cache.TaskRows, np.ndarray, Any]]:

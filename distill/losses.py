@@ -76,7 +76,8 @@ def sum_in_chunks(
 
     Args:
       fn: (states, *rest) of a slice -> (scalar, tree of sums), both sums over tokens. It may close
-        over parameters. Where the last of `rest` is 0, a token adds nothing.
+        over parameters. A token for which all of `rest` is 0 must add nothing: such fill the last
+        slice.
       states: float [batch, length, embed]; the scalar is differentiated with respect to it.
       rest: arrays [batch, length], not differentiated.
       chunk: tokens of the length in a slice.
@@ -84,14 +85,7 @@ def sum_in_chunks(
     Returns:
       What fn gives for all of it. The tree has no gradient.
     """
-    length = states.shape[1]
-    count = -(-length // chunk)
-
-    def slices(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)])
-        return padded.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    parts = jax.tree.map(slices, (states, *rest))
+    parts = _slices((states, *rest), chunk)
     first = jax.tree.map(lambda x: x[0], parts)
     fn, params = jax.closure_convert(fn, *first)  # what it closes over becomes an argument
 
@@ -136,3 +130,80 @@ def sum_in_chunks(
     total.defvjp(forward, backward)
     value, sums = total(params, parts[0], parts[1:])
     return value, jax.lax.stop_gradient(sums)
+
+
+def _slices(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+    """[batch, length, ...] each -> [count, batch, chunk, ...], the last padded with zeros."""
+    length = arrays[0].shape[1]
+    count = -(-length // chunk)
+
+    def one(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)])
+        return padded.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    return tuple(map(one, arrays))
+
+
+def max_by_segment(
+    fn: Callable[[Array], Array], states: Array, segments: Array, num_segments: int, chunk: int
+) -> tuple[Array, Array]:
+    """Largest values over the tokens of each segment, column by column, and whose they are.
+
+    Like `sum_in_chunks` it holds what `fn` makes of one slice of the length at a time. It has no
+    gradient: the second result says through which token it would go, so that whoever computes the
+    values again can send it there. To compare values for that would need equal bits from two
+    programs.
+
+    Args:
+      fn: states of a slice -> float32 values >= 0, [batch, chunk, columns].
+      states: [batch, length, embed].
+      segments: int32 [batch, length], from 1 to num_segments; tokens of 0 belong to none.
+      num_segments: S.
+      chunk: tokens of the length in a slice.
+
+    Returns:
+      (largest, source): float32 and int32 [S + 1, columns]; row 0 means nothing. `source` is the
+      number of the token, row * length + place in the row, of several the first. A segment without
+      tokens has 0, and a number beyond all tokens.
+    """
+    batch, length = segments.shape
+    numbers = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length)
+    parts = _slices((states, segments, numbers), chunk)
+    fn, closed_over = jax.closure_convert(fn, parts[0][0])
+    parts, closed_over = jax.lax.stop_gradient((parts, closed_over))
+    columns = jax.eval_shape(fn, parts[0][0], *closed_over).shape[-1]
+    none = jnp.iinfo(jnp.int32).max
+
+    def step(found, part):
+        largest, source = found
+        states, segments, numbers = part
+        # Computed once: the comparison below needs the very bits of the maximum.
+        values = jax.lax.optimization_barrier(fn(states, *closed_over)).reshape(-1, columns)
+        segments, numbers = segments.reshape(-1), numbers.reshape(-1)
+        now = largest.at[segments].max(values)
+        here = jnp.where(values == now[segments], numbers[:, None], none)
+        first = jnp.full_like(source, none).at[segments].min(here)
+        return (now, jnp.where(now > largest, first, source)), None
+
+    shape = (num_segments + 1, columns)
+    start = jnp.zeros(shape, jnp.float32), jnp.full(shape, none, jnp.int32)
+    return jax.lax.scan(step, start, parts)[0]
+
+
+def pooled_cross_entropy(rationale: Array, label: Array) -> Array:
+    """Cross entropy between what two sequences say, as Chen et al. 2024 compute it.
+
+        sum_v label_v * (logsumexp(rationale) - rationale_v)
+
+    Both are probabilities of ids, each the largest over the positions of its sequence. They are
+    used as they are: `label` adds up to more than 1, `rationale` takes the place of logits.
+
+    Args:
+      rationale: float32 [..., vocab], in [0, 1].
+      label: float32 [..., vocab], in [0, 1].
+
+    Returns:
+      float32 [...], in nats.
+    """
+    log_z = jax.nn.logsumexp(rationale, axis=-1)
+    return jnp.sum(label, axis=-1) * log_z - jnp.sum(label * rationale, axis=-1)

@@ -201,7 +201,11 @@ def topology(name: str) -> Topology:
 
 
 def abstract_inputs(
-    net: t5.T5, tx: optax.GradientTransformation, mesh: Any, work: estimate.Work
+    net: t5.T5,
+    tx: optax.GradientTransformation,
+    mesh: Any,
+    work: estimate.Work,
+    with_pair_ids: bool = False,
 ) -> tuple[train.TrainState, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
     """State, packed batch and key as training gives them to its step; allocates nothing."""
 
@@ -219,6 +223,8 @@ def abstract_inputs(
         "decoder_loss_weights": array(work.targets),
         "decoder_loss_groups": array(work.targets),
     }
+    if with_pair_ids:
+        batch["decoder_pair_ids"] = array(work.targets)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=partitioning.replicated(mesh))
     return train.abstract_state(net, tx, mesh), batch, key
@@ -236,12 +242,24 @@ def _require_division(mesh: Any, work: estimate.Work) -> None:
     partitioning.check_lengths(mesh, {"inputs": work.inputs, "targets": work.targets})
 
 
+def _require_pairs(objective: objectives.Objective) -> None:
+    """Raises ValueError where memory depends on a number of pairs that is not given."""
+    if objective.needs_pairs and objective.max_pairs is None:
+        raise ValueError(
+            f"MI_WEIGHT={objective.mutual_information} needs memory for every pair of a batch, "
+            "which depends on the data: plan with the number that a run prints, "
+            "--gin.StepByStep.max_pairs=N."
+        )
+
+
 def lower_train(setup: Setup, devices: list) -> jax.stages.Lowered:
     """Traces the step that training runs, for devices that need not be there.
 
     Raises:
-      ValueError: an axis of the model or the rows do not divide by the mesh.
+      ValueError: an axis of the model or the rows do not divide by the mesh; the objective needs
+        pairs, and their number is not given or micro-batches would part them.
     """
+    _require_pairs(setup.objective)
     mesh = partitioning.make_mesh(setup.mesh, devices)
     work = setup.work
     _require_division(mesh, work)
@@ -250,7 +268,7 @@ def lower_train(setup: Setup, devices: list) -> jax.stages.Lowered:
     rows = work.rows / len(devices) / work.num_microbatches
     objective = train.in_slices(setup.objective, rows, work.targets, setup.model.vocab_size)
     step = train.jit_step(net, objective, tx, work.num_microbatches)
-    return step.lower(*abstract_inputs(net, tx, mesh, work))
+    return step.lower(*abstract_inputs(net, tx, mesh, work, objective.needs_pairs))
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
@@ -376,9 +394,11 @@ def estimated(setup: Setup, where: Topology) -> Plan:
     """The same by formula (`estimate`): at once, for any device, unverified.
 
     Raises:
-      ValueError: the mesh does not divide the devices, or the model.
+      ValueError: the mesh does not divide the devices, or the model; micro-batches would part the
+        pairs that the objective needs.
     """
     chip, work, model = where.chip, setup.work, setup.model
+    objectives.require_whole_pairs(setup.objective, work.num_microbatches)
     devices = partitioning.abstract_mesh(setup.mesh, where.size)
     _require_division(devices, work)
     mesh = dict(devices.shape)

@@ -185,8 +185,14 @@ class DistillModel(models.EncoderDecoderModel):
           loss_normalizing_factor: must be None; an argument so that a file that sets it is told.
 
         Raises:
-          ValueError: loss_normalizing_factor is set.
+          ValueError: loss_normalizing_factor is set, or the objective needs pairs.
         """
+        if objective.needs_pairs:
+            raise ValueError(
+                f"mutual_information={objective.mutual_information} does not work under T5X: its "
+                "packing does not say which sequences are a pair. Set it to 0, or train with "
+                "scripts/train.py."
+            )
         if loss_normalizing_factor is not None:
             raise ValueError(
                 f"LOSS_NORMALIZING_FACTOR is {loss_normalizing_factor!r}, but this loss is always "

@@ -176,7 +176,8 @@ def train_step(
 
     Args:
       state: before the update.
-      batch: int32 [rows, length] arrays under T5X's batch keys and `decoder_loss_groups`.
+      batch: int32 [rows, length] arrays under T5X's batch keys and `decoder_loss_groups`, and
+        `decoder_pair_ids` where the objective needs them.
       rng: the run's key; dropout and the rounding of bfloat16 parameters fold the step into it.
       net: the network.
       objective: what to minimise.
@@ -186,7 +187,11 @@ def train_step(
     Returns:
       The new state, and the scalars of `objectives.summarize` with `grad_norm` and `skipped`
       (1.0 where the update was not finite).
+
+    Raises:
+      ValueError: micro-batches with an objective that needs whole pairs.
     """
+    objectives.require_whole_pairs(objective, num_microbatches)
     counts = objectives.group_counts(batch)
     rng = jax.random.fold_in(rng, state.step)
 
@@ -299,6 +304,7 @@ def train(
       FloatingPointError: the updates of 10 steps in a row were not finite.
     """
     started = time.monotonic()
+    objectives.require_whole_pairs(objective, config.num_microbatches or 1)
     found = jax.devices()
     if found[0].platform == "cpu":
         keep_freed_memory()
@@ -320,7 +326,8 @@ def train(
             f"The vocabulary {data.vocabulary!r} has {vocabulary.size} ids, the model only "
             f"{model.vocab_size}: set --gin.T5Config.vocab_size={-(-vocabulary.size // 128) * 128}."
         )
-    batches = data_lib.TrainBatches(corpus, data, packing.Flops.of(model), shards)
+    flops, with_pair_ids = packing.Flops.of(model), objective.needs_pairs
+    batches = data_lib.TrainBatches(corpus, data, flops, shards, with_pair_ids)
     partitioning.check_lengths(devices, batches.capacity)
     num_microbatches = config.num_microbatches or _auto_microbatches(batches)
     batches = batches.with_row_multiple(shards * num_microbatches)
@@ -330,7 +337,10 @@ def train(
         data, feature_lengths=batches.capacity, num_train_examples=None, train_fraction=None,
         loader_processes=0,
     )  # fmt: skip
-    validation, test = (_held_out(held_out, split, shards) for split in ("validation", "test"))
+    validation, test = (
+        _held_out(held_out, split, shards, with_pair_ids) for split in ("validation", "test")
+    )
+    objective = _with_max_pairs(objective, batches, validation, test)
     rows, length = batches.plan(0).rows / devices.size, batches.capacity["targets"]
     eval_objective = in_slices(objective, rows, length, model.vocab_size)
     objective = in_slices(objective, rows / num_microbatches, length, model.vocab_size)
@@ -531,7 +541,9 @@ class _HeldOut:
     batches: data_lib.TrainBatches
 
 
-def _held_out(config: data_lib.DataConfig, split: str, shards: int) -> _HeldOut | None:
+def _held_out(
+    config: data_lib.DataConfig, split: str, shards: int, with_pair_ids: bool
+) -> _HeldOut | None:
     try:
         corpus = cache.load(config, split, prepared=True)
     except cache.NoSplitError as e:
@@ -543,12 +555,32 @@ def _held_out(config: data_lib.DataConfig, split: str, shards: int) -> _HeldOut 
     for task in corpus.tasks:
         for name in task.metrics:
             scoring.metric_function(name)  # one that cannot be imported is an error now
-    return _HeldOut(corpus, data_lib.TrainBatches(corpus, config, row_multiple=shards))
+    batches = data_lib.TrainBatches(
+        corpus, config, row_multiple=shards, with_pair_ids=with_pair_ids
+    )
+    return _HeldOut(corpus, batches)
+
+
+def _with_max_pairs(
+    objective: objectives.Objective, batches: data_lib.TrainBatches, *held_out: _HeldOut | None
+) -> objectives.Objective:
+    """The objective with room for the pairs of every batch, where it needs that."""
+    if not objective.needs_pairs:
+        return objective
+    most = max(b.max_pairs for b in (batches, *(h.batches for h in held_out if h is not None)))
+    if objective.max_pairs is None:
+        return dataclasses.replace(objective, max_pairs=most)
+    if objective.max_pairs < most:
+        raise ValueError(
+            f"--gin.StepByStep.max_pairs={objective.max_pairs}, but a batch may have {most} pairs: "
+            "set that, or leave it out."
+        )
+    return objective
 
 
 def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
     """1 on accelerators; on a CPU as many as keep a part at CPU_TOKENS_PER_MICROBATCH."""
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or batches.with_pair_ids:  # pairs must be whole
         return 1
     rows = batches.plan(0).rows
     shards = batches.row_multiple
@@ -839,7 +871,8 @@ def _summary(corpus, batches, net, config, mesh, steps, num_microbatches, object
             f"{plan.tokens.mean():,.0f} real (padding: {waste.inputs:.0%} of inputs, "
             f"{waste.targets:.0%} of targets, {waste.flops:.2f} x the FLOPs needed), "
             f"{num_microbatches} micro-batch{'es' if num_microbatches > 1 else ''}"
-            + (f", logits of {chunk} positions at a time" if chunk else ""),
+            + (f", logits of {chunk} positions at a time" if chunk else "")
+            + (f", at most {objective.max_pairs} pairs" if objective.needs_pairs else ""),
             f"steps {steps[0]} to {steps[1]} in {config.model_dir} on {mesh.size} "
             f"{jax.devices()[0].platform} device{'s' if mesh.size > 1 else ''}"
             + (f", {partitioning.describe(mesh.shape)}" if mesh.size > 1 else ""),

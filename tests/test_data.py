@@ -194,6 +194,56 @@ def test_hosts_share_the_rows_of_one_batch(corpus_of):
         np.testing.assert_array_equal(np.concatenate([s.arrays[key] for s in shares]), value)
 
 
+@pytest.mark.parametrize("n", [3, 33])
+@pytest.mark.parametrize(
+    "config", [pairs_config(9), rows_config(6), rows_config(192)], ids=["pairs", "rows", "units"]
+)
+def test_pair_ids_tell_pairs_apart_and_stay_below_their_bound(corpus_of, config, n):
+    """Also where a pair comes several times: each copy is a pair of its own."""
+    pairs = random_pairs(n, without_rationale=0.2)
+    batches = data.TrainBatches(corpus_of(pairs), config, with_pair_ids=True)
+    largest = 0
+    for batch in itertools.islice(batches.iterate(data.Position()), 8):
+        ids, found = batch.arrays["decoder_pair_ids"], {}
+        np.testing.assert_array_equal(ids > 0, batch.arrays["decoder_loss_weights"] > 0)
+        rows = zip(ids, batch.arrays["decoder_segment_ids"], strict=True)
+        places = [np.unique(i[s == k]) for i, s in rows for k in range(1, s.max() + 1)]
+        for place, (inputs, _, groups, _) in zip(places, segments(batch.arrays), strict=True):
+            (pair,) = place.tolist()
+            found.setdefault(pair, []).append((int(inputs[0]) - 2, int(groups[0])))
+        assert set(found) == set(range(1, batch.examples + 1))
+        for members in found.values():
+            example = members[0][0]
+            streams = [0, 1] if "rationale" in pairs[example] else [0]
+            assert sorted(members) == [(example, group) for group in streams]
+        largest = max(largest, batch.examples)
+    assert largest <= batches.max_pairs <= 3 * largest
+
+
+def test_pair_ids_are_there_on_demand_only_and_change_nothing_else(corpus_of):
+    corpus = corpus_of(random_pairs(33))
+    plain = next(data.TrainBatches(corpus, rows_config(6)).iterate(data.Position())).arrays
+    wanted = data.TrainBatches(corpus, rows_config(6), with_pair_ids=True)
+    arrays = dict(next(wanted.iterate(data.Position())).arrays)
+    del arrays["decoder_pair_ids"]
+    assert arrays.keys() == plain.keys()
+    for key, value in plain.items():
+        np.testing.assert_array_equal(arrays[key], value)
+
+
+def test_hosts_number_the_pairs_alike(corpus_of):
+    batches = data.TrainBatches(
+        corpus_of(random_pairs(33)), rows_config(6), row_multiple=2, with_pair_ids=True
+    )
+    whole = next(batches.iterate(data.Position())).arrays["decoder_pair_ids"]
+    shares = [
+        next(batches.iterate(data.Position(), process_index=i, process_count=2)) for i in range(2)
+    ]
+    parts = [share.arrays["decoder_pair_ids"] for share in shares]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert set(parts[0].flat) & set(parts[1].flat) - {0}  # a pair that the hosts share
+
+
 def test_cutting_keeps_eos_and_is_counted(corpus_of):
     pairs = [{"label": (np.array([5, 6, 7, 8, 9, 1], np.int32), np.array([4, 1], np.int32))}]
     config = pairs_config(1, feature_lengths=dict(inputs=4, targets=8))

@@ -115,3 +115,35 @@ def test_sum_in_chunks_adds_gradients_in_float32():
 
     grad = jax.grad(loss)(kernel)
     assert grad.dtype == jnp.bfloat16 and (grad == 512).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 8, 20])
+def test_max_by_segment_equals_numpy(chunk):
+    rng = np.random.default_rng(0)
+    values = rng.random((3, 8, 4)).astype(np.float32)
+    values[0, 1] = values[0, 6]  # of equal ones the first counts
+    segments = rng.integers(0, 5, (3, 8)).astype(np.int32)
+    segments[0, [1, 6]] = 2
+    largest, source = losses.max_by_segment(
+        lambda x: x, jnp.asarray(values), jnp.asarray(segments), 6, chunk
+    )
+    for s in range(1, 7):
+        numbers = np.flatnonzero(segments.reshape(-1) == s)
+        if not len(numbers):
+            assert (largest[s] == 0).all() and (source[s] > segments.size).all()
+            continue
+        of_segment = values.reshape(-1, 4)[numbers]
+        np.testing.assert_array_equal(largest[s], of_segment.max(axis=0))
+        np.testing.assert_array_equal(source[s], numbers[of_segment.argmax(axis=0)])
+    assert not np.isin([5, 6], segments).any()  # two without tokens
+
+
+def test_pooled_cross_entropy_equals_numpy_and_is_least_where_both_agree():
+    rng = np.random.default_rng(0)
+    rationale, label = rng.random((2, 3, 7)).astype(np.float32)
+    log_q = rationale - np.log(np.exp(rationale).sum(-1, keepdims=True))
+    got = losses.pooled_cross_entropy(rationale, label)
+    np.testing.assert_allclose(got, -(label * log_q).sum(-1), rtol=1e-5)
+    said, elsewhere = np.eye(7, dtype=np.float32)[[2, 3]]
+    agree = losses.pooled_cross_entropy(said, said)
+    assert agree < losses.pooled_cross_entropy(elsewhere, said)

@@ -73,7 +73,7 @@ def numpy_loss(params, pairs, objective):
     return total
 
 
-def batch_of(pairs, lengths, row_multiple=1):
+def batch_of(pairs, lengths, row_multiple=1, with_pair_ids=False):
     """One batch with all pairs, packed into rows of these lengths."""
     members = []
     for group, name in enumerate(objectives.LOSS_GROUPS):
@@ -85,6 +85,7 @@ def batch_of(pairs, lengths, row_multiple=1):
                 loss_weight=pair.get("weights", {}).get(name, 1000),
             )
             for i, pair in enumerate(pairs)
+            if name in pair
         ]  # fmt: skip
         members.append((facts, None, rows))
     config = data.DataConfig(
@@ -95,7 +96,9 @@ def batch_of(pairs, lengths, row_multiple=1):
         folder = pathlib.Path(folder)
         generation = cache.write_generation(folder, "toy", "train", members)
         corpus = cache.open_generation(folder / generation)
-        batches = data.TrainBatches(corpus, config, row_multiple=row_multiple)
+        batches = data.TrainBatches(
+            corpus, config, row_multiple=row_multiple, with_pair_ids=with_pair_ids
+        )
         arrays = next(batches.iterate(data.Position())).arrays
     if "decoder_example_weights" in arrays:  # what padding weighs must not matter
         real = arrays["decoder_loss_weights"] > 0

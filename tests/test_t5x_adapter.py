@@ -245,6 +245,11 @@ def test_loss_normalizing_factor_is_refused(factor):
         make_model(objectives.StepByStep(), None, loss_normalizing_factor=factor)
 
 
+def test_a_term_over_pairs_is_refused():
+    with pytest.raises(ValueError, match="mutual_information=0.1 does not work under T5X"):
+        make_model(objectives.StepByStep(mutual_information=0.1), None)
+
+
 def test_dropout_is_used_in_training_only():
     net = network.Transformer(network.T5Config(**{**SIZE, "dropout_rate": 0.5}))
     vocabulary = t5x_adapter.vocabulary("bytes")
