@@ -8,6 +8,7 @@ Give a model file (what size), a run file (what to do) and macros (upper case):
   INITIAL_CHECKPOINT_PATH  weights to start from; a checkpoint in MODEL_DIR beats it
   BATCH_SIZE               rows per step; or PAIRS_PER_STEP examples, in as many rows as they need
   ALPHA                    weight of the label's loss in step-by-step; the rationale's is 1 - ALPHA
+  MI_WEIGHT                weight of the mutual-information term, 0 (Chen et al. 2024: 0.1)
   VOCABULARY               'bytes' or the path of a sentencepiece model; else $DISTILL_VOCABULARY,
                            else bytes
   DATA_DIR                 where the datasets are; $DISTILL_DATA_DIR otherwise
