@@ -56,6 +56,29 @@ def sizes_of(model: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def examples_of(batches: Any, batch: Any) -> Batch:
+    """The examples of one of our batches as token ids.
+
+    They are looked up by their number among the tokenised rows, not taken out of packed rows.
+
+    Args:
+      batches: `data.TrainBatches`.
+      batch: one that it gave.
+    """
+    from distill import data  # only where there are such batches
+
+    found: Batch = {stream: [] for stream in STREAMS}
+    limits = [min(data.MAX_LENGTHS[side], n) for side, n in batches.capacity.items()]
+    chosen, first = sorted(batch.sequences.tolist()), 0
+    for task in batches.corpus.tasks:
+        mine = [n - first for n in chosen if first <= n < first + len(task)]
+        for group, tokens in zip(task.loss_groups[mine], task.read_tokens(mine), strict=True):
+            sides = (data.truncate(*side).tolist() for side in zip(tokens, limits, strict=True))
+            found[STREAMS[group]].append(tuple(sides))
+        first += len(task)
+    return found
+
+
 class Published:
     """The process, from outside.
 

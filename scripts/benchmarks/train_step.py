@@ -176,17 +176,8 @@ class Ours:
         turns.add(end[0] - start[0], end[1] - start[1], tokens, self.positions)
 
     def examples(self, batch: data.Batch) -> published_step.Batch:
-        """The examples of a batch as token ids, read by their number, not taken from our rows."""
-        found: published_step.Batch = {stream: [] for stream in published_step.STREAMS}
-        limits = [min(data.MAX_LENGTHS[side], n) for side, n in self.lengths.items()]
-        chosen, first = np.sort(batch.sequences), 0
-        for task in self.corpus.tasks:
-            mine = chosen[(chosen >= first) & (chosen < first + len(task))] - first
-            for group, tokens in zip(task.loss_groups[mine], task.read_tokens(mine), strict=True):
-                sides = (data.truncate(*side).tolist() for side in zip(tokens, limits, strict=True))
-                found[published_step.STREAMS[group]].append(tuple(sides))
-            first += len(task)
-        return found
+        """The examples of a batch as token ids."""
+        return published_step.examples_of(self.batches, batch)
 
     def peak(self) -> int:
         """Bytes: of the device where it tells, else of the process."""
