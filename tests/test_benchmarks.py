@@ -99,24 +99,23 @@ def test_checkpoint(tmp_path):
 
 def test_scaling(tmp_path):
     file = tmp_path / "result.json"
-    run("scaling.py", "--axes=rows,fsdp", "--rows=8,16", "--devices=1,2", f"--json={file}")
+    run("scaling.py", "--axes=fsdp", "--devices=1,2", f"--json={file}")
     found = json.loads(file.read_text())
     check_about(found["about"])
     points = {(row["axis"], row["value"]): row for row in found["points"]}
-    assert points.keys() == {("rows", 8), ("rows", 16), ("fsdp", 1), ("fsdp", 2)}
+    assert points.keys() == {("fsdp", 1), ("fsdp", 2)}
     for row in points.values():
         assert row["flops"] == pytest.approx(row["formula_flops"], rel=0.05)
         assert row["xla_flops"] < 0.8 * row["flops"]  # which counts a loop once
     assert not points["fsdp", 1]["collectives"] and points["fsdp", 1]["sent_bytes"] == 0
     assert points["fsdp", 2]["collectives"]["all-gather"]["count"] > 0
-    # Half of three copies of the parameters, at least: gathered twice, and their gradients.
-    assert points["fsdp", 2]["sent_bytes"] > 1.5 * 4 * points["fsdp", 2]["parameters"] * 0.9
+    # Half of three copies of the parameters, about: gathered twice, and their gradients.
+    assert points["fsdp", 2]["sent_bytes"] > 1.35 * 4 * points["fsdp", 2]["parameters"]
     assert points["fsdp", 2]["relative_difference"] < 1e-5
     assert len(points["fsdp", 2]["losses"]["loss"]) == 2
     assert points["fsdp", 2]["losses"]["loss"][0] != points["fsdp", 2]["losses"]["loss"][1]
-    exponents = {fit["axis"]: fit for fit in found["exponents"]}
-    assert exponents["rows"]["flops"] == pytest.approx(1, abs=0.05)
-    assert exponents["fsdp"]["flops"] == pytest.approx(-1, abs=0.05)
+    (fit,) = found["exponents"]
+    assert fit["flops"] == pytest.approx(-1, abs=0.05) and fit["formula_flops"] == pytest.approx(-1)
     assert [row["model"] for row in found["formula"]][-1] == "t5_1_1/xxl"
 
 
