@@ -329,7 +329,7 @@ def train(
     flops, with_pair_ids = packing.Flops.of(model), objective.needs_pairs
     batches = data_lib.TrainBatches(corpus, data, flops, shards, with_pair_ids)
     partitioning.check_lengths(devices, batches.capacity)
-    num_microbatches = config.num_microbatches or _auto_microbatches(batches)
+    num_microbatches = config.num_microbatches or auto_microbatches(batches)
     batches = batches.with_row_multiple(shards * num_microbatches)
     fingerprint = batches.fingerprint()
     # In the rows of training: no second search for lengths, and no second shape.
@@ -578,8 +578,14 @@ def _with_max_pairs(
     return objective
 
 
-def _auto_microbatches(batches: data_lib.TrainBatches) -> int:
-    """1 on accelerators; on a CPU as many as keep a part at CPU_TOKENS_PER_MICROBATCH."""
+def auto_microbatches(batches: data_lib.TrainBatches) -> int:
+    """What NUM_MICROBATCHES is where it is not given.
+
+    1 on accelerators; on a CPU as many as keep a part at CPU_TOKENS_PER_MICROBATCH.
+
+    Args:
+      batches: whose `row_multiple` is the number of the mesh's batch shards.
+    """
     if jax.default_backend() != "cpu" or batches.with_pair_ids:  # pairs must be whole
         return 1
     rows = batches.plan(0).rows

@@ -27,7 +27,8 @@ def pytest_addoption(parser):
 
 # Files are dealt to the workers in this order; a long one at the end would leave a worker idle.
 LONG = (
-    "test_train_from.py", "test_report.py", "test_mutual_information.py", "test_train.py", "test_decode_parity.py",
+    "test_train_from.py", "test_report.py", "test_mutual_information.py", "test_train.py",
+    "test_study.py", "test_benchmarks.py", "test_decode_parity.py",
     "test_evaluate.py", "test_topology.py", "test_bfloat16_parameters.py", "test_objectives.py",
     "test_sharding.py", "test_cache.py", "test_generate_rationales.py", "test_teacher_purchase.py",
     "test_published_objective.py", "test_multihost.py", "test_parity.py", "test_goldens.py",

@@ -189,7 +189,7 @@ def run_python(code: str) -> str:
     "path", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_scripts_name_what_is_there(path):
-    """No test runs the benchmarks; a name that has moved would be found by their user."""
+    """No test runs most benchmarks; a name that has moved would be found by their user."""
     tree = ast.parse(path.read_text("utf-8"))
     modules = {}
     for node in ast.walk(tree):
