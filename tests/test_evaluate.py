@@ -487,17 +487,16 @@ def test_choosing_by_likelihood(run, rows, tmp_path):
     evaluate.evaluate(config(run, rows, tmp_path, mixture_or_task_name="arithmetic", answering=how))
     found = predictions(tmp_path, "arithmetic_predict-likelihood-000050.jsonl")
     student = students.load(*students.find(str(run)))
+    apply = jax.jit(lambda batch: student.net.apply({"params": student.params}, batch))
     for p in found:
         inputs = np.array([student.vocabulary.encode_input(p["input"])], np.int32)
         scores = []
         for digit in "0123456789":
             targets = np.array([[*student.vocabulary.encode(digit), 1]], np.int32)
-            batch = {
+            log_p = jax.nn.log_softmax(apply({
                 "encoder_input_tokens": inputs, "decoder_target_tokens": targets,
                 "decoder_input_tokens": np.pad(targets[:, :-1], ((0, 0), (1, 0))),
-            }  # fmt: skip
-            logits = student.net.apply({"params": student.params}, batch)
-            log_p = jax.nn.log_softmax(logits)
+            }))  # fmt: skip
             scores.append(float(sum(log_p[0, i, t] for i, t in enumerate(targets[0]))))
         shares = np.exp(scores - np.max(scores))
         assert p["prediction"] == str(int(np.argmax(scores)))
