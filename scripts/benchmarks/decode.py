@@ -35,6 +35,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
+import record
 from absl import app, flags
 
 from distill import (
@@ -310,8 +311,8 @@ def run(argv):
             if "beams" in wanted:
                 results.append(rounds("beams", ours, theirs, inputs[: _EXAMPLES.value], beams=4))
             theirs.close()
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(results, indent=2))
+    about = record.about(("torch", "transformers"), jax.devices()[0].device_kind)
+    record.save(_JSON.value, about | {"parts": results})
 
 
 def main(argv):

@@ -13,13 +13,12 @@ of a TPU that is not there (needs libtpu) and gives memory only.
 """
 
 import dataclasses
-import json
-import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 from absl import flags
 
 from distill import configure, estimate, partitioning, plan, t5, train
@@ -121,22 +120,20 @@ def main(argv):
             "temporaries_mb": memory.temp_size_in_bytes / 1e6,
             "seconds": variant.seconds,
         })  # fmt: skip
-    line = "{:<44} {:>9} {:>9} {:>7} {:>12} {:>14}".format
-    print(line("variant", "median s", "range", "ratio", "arguments MB", "temporaries MB"))
-    for row in figures:
-        median = spread = ratio = ""
-        if row["seconds"]:
-            times = row["seconds"]
-            median, spread = f"{statistics.median(times):.3f}", f"{max(times) - min(times):.3f}"
-            pairs = zip(times, figures[0]["seconds"], strict=True)
-            ratio = f"{statistics.median(a / b for a, b in pairs):.3f}"
-        print(line(row["variant"] or "(defaults)", median, spread, ratio,
-                   f"{row['arguments_mb']:,.1f}", f"{row['temporaries_mb']:,.1f}"))  # fmt: skip
-    if _JSON.value:
-        shape = {"rows": _ROWS.value, "inputs": _INPUTS.value, "targets": _TARGETS.value}
-        result = {"arguments": passed, "device": device.device_kind, "jax": jax.__version__}
-        with open(_JSON.value, "w") as file:
-            json.dump(result | {"batch": shape, "variants": figures}, file, indent=2)
+    rows = []
+    for figure in figures:
+        times = figure["seconds"]
+        ratios = [a / b for a, b in zip(times, figures[0]["seconds"], strict=True)]
+        rows.append((
+            figure["variant"] or "(defaults)", record.median(times),
+            max(times) - min(times) if times else None, record.median(ratios),
+            figure["arguments_mb"], figure["temporaries_mb"],
+        ))  # fmt: skip
+    head = ("variant", "median s", "range", "ratio", "arguments MB", "temporaries MB")
+    print(record.table(head, rows))
+    shape = {"rows": _ROWS.value, "inputs": _INPUTS.value, "targets": _TARGETS.value}
+    about = record.about(("libtpu",), device.device_kind)
+    record.save(_JSON.value, about | {"arguments": passed, "batch": shape, "variants": figures})
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ call, and prints
 
 import os
 import pathlib
-import statistics
 import time
 
 import numpy as np
+import record
 from absl import app, flags
 
 from distill import cache, data
@@ -27,6 +27,7 @@ _FOLDER = flags.DEFINE_string("folder", "/tmp/loader_benchmark", "Where the corp
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "How long each measurement runs.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of measurements.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Rows of a batch.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File for every measurement.")
 
 LENGTHS = {"inputs": 352, "targets": 120}  # proposed for e-SNLI and T5 base
 
@@ -96,8 +97,10 @@ def main(argv):
 
     started = time.monotonic()
     plans = [batches.plan(0, shard) for shard in range(batches.num_shards)]
-    print(f"plan: {time.monotonic() - started:.2f} s for {batches.num_pairs:,} examples, "
-          f"{sum(map(len, plans)):,} batches, {batches.num_shards} shards")  # fmt: skip
+    result = record.about(("grain", "array_record")) | {
+        "examples": batches.num_pairs, "batches": sum(map(len, plans)),
+        "shards": batches.num_shards, "plan_seconds": time.monotonic() - started,
+    }  # fmt: skip
 
     # Where step 100,000 lies: the checkpoint knows; here it is found from the plans.
     epoch, rest = divmod(100_000, sum(map(len, plans)))
@@ -106,20 +109,27 @@ def main(argv):
         rest, shard = rest - len(plans[shard]), shard + 1
     started = time.monotonic()
     next(batches_of(folder).iterate(data.Position(epoch, rest, shard)))
-    print(f"resume: {time.monotonic() - started:.2f} s to the batch after step 100,000 "
-          f"(epoch {epoch}, shard {shard}, batch {rest})")  # fmt: skip
+    result["resume_seconds"] = time.monotonic() - started
+    rows = [
+        (f"plan of {result['examples']:,} examples, s", result["plan_seconds"]),
+        ("from opening to the batch after step 100,000, s", result["resume_seconds"]),
+    ]
 
-    if not hasattr(os, "sched_setaffinity"):
-        return print("tokens/s: needs sched_setaffinity (Linux)")
     ways = [("threads, 1 core", 0, 1), ("1 process, 1 core", 1, 1), ("2 processes, 2 cores", 2, 2)]
+    if not hasattr(os, "sched_setaffinity"):
+        print("tokens/s: left out, it needs sched_setaffinity (Linux)")
+        ways = []
     ways = [way for way in ways if way[2] <= len(os.sched_getaffinity(0))]
     rounds = [[tokens_per_second(folder, *way[1:]) for way in ways] for _ in range(_ROUNDS.value)]
-    medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
-    for (name, *_), median in zip(ways, medians, strict=True):
-        print(f"{name}: {median:,.0f} tokens/s")
+    result["tokens_per_second"] = {
+        way[0]: list(speeds) for way, speeds in zip(ways, zip(*rounds, strict=True), strict=False)
+    }
+    for name, speeds in result["tokens_per_second"].items():
+        rows.append((f"{name}, tokens/s", record.median(speeds)))
     if len(ways) == 3:
-        ratio = statistics.median(last / middle for _, middle, last in rounds)
-        print(f"from 1 to 2 cores: x {ratio:.2f}")
+        rows.append(("from 1 to 2 cores, x", record.median([b / a for _, a, b in rounds])))
+    print(record.table(("", "median"), rows))
+    record.save(_JSON.value, result)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ import os
 import pathlib
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import record
 from absl import app, flags
 
 from distill import cache, data, packing, t5, vocabulary
@@ -162,19 +162,18 @@ def main(argv):
                 measured[name].append(run())
                 print(name, *(f"{x:.1f}" for x in measured[name][-1]), file=sys.stderr, flush=True)
 
-    line = "{:<6} {:>8} {:>12} {:>9}".format
-    print(f"{_PAIRS.value} pairs of {_MIXTURE.value}, {_ROUNDS.value} rounds")
-    print(line("", "seconds", "CPU seconds", "of torch"))
+    rows = []
     for name, results in measured.items():
-        wall, cpu = (statistics.median(column) for column in zip(*results, strict=True))
+        wall, cpu = map(record.median, zip(*results, strict=True))
         ratios = [
             mine[0] / torch[0]
             for mine, torch in zip(results, measured.get("torch", []), strict=False)
         ]
-        ratio = f"x {statistics.median(ratios):.2f}" if ratios else ""
-        print(line(name, f"{wall:.1f}", f"{cpu:.1f}", ratio))
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps({"pairs": _PAIRS.value} | measured))
+        rows.append((name, wall, cpu, record.median(ratios)))
+    print(f"{_PAIRS.value} pairs of {_MIXTURE.value}, {_ROUNDS.value} rounds")
+    print(record.table(("", "seconds", "CPU seconds", "of torch"), rows))
+    about = record.about(("torch", "transformers"))
+    record.save(_JSON.value, about | {"pairs": _PAIRS.value, "measured": measured})
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import json
 import logging
 import os
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
 
+import record
 from absl import app, flags
 
 from distill import sources
@@ -115,14 +115,16 @@ def main(argv):
                     asyncio.run(ours(server.base_url, prompt, rows, path))
                 measured[name].append(len(rows) / (time.monotonic() - started))
                 print(name, f"{measured[name][-1]:.0f} rows/s", file=sys.stderr, flush=True)
+    lines = []
     for name, speeds in measured.items():
         ratios = [b / a for a, b in zip(speeds, measured["ours"], strict=True)]
-        beside = f"   ours x {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        print(
-            f"{name:<6}{statistics.median(speeds):>6.0f} rows/s{beside if name != 'ours' else ''}"
+        beside = (
+            (record.median(ratios), min(ratios), max(ratios)) if name != "ours" else (None,) * 3
         )
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(measured))
+        lines.append((name, record.median(speeds), *beside))
+    print(record.table(("", "rows/s", "ours beside it", "least", "most"), lines))
+    about = record.about(("openai", "httpx2", "aiohttp"))
+    record.save(_JSON.value, about | {"rows": len(rows), "rows_per_second": measured})
 
 
 if __name__ == "__main__":
