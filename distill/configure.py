@@ -928,6 +928,11 @@ def _start_processes(values: flags.FlagValues) -> None:
         raise ConfigError(str(error)) from error
 
 
+def start_processes(argv: Sequence[str]) -> None:
+    """Joins the other processes of a command line's run, as `execute` does; twice is no harm."""
+    _start_processes(parse_argv(argv))
+
+
 def _export_data_folders(values: flags.FlagValues) -> None:
     """Hands data folders to modules that import TFDS and SeqIO later, or never."""
     if values.tfds_data_dir:

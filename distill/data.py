@@ -478,10 +478,14 @@ class TrainBatches:
         there = (self._slots >= 0)[..., None]
         lengths = np.where(there, shortest[self._slots], 0).sum(axis=1)
         room = config.batch_size * self._capacity
+        times = np.zeros(len(lengths), int)  # of each pair in an epoch, by its mixing rate
+        for pairs, drawn in self._groups:
+            times[pairs] = -(-drawn // len(pairs))
         # Each unit of a batch may end with the first pairs again, several times if they are few.
         units = max(1, config.batch_size // (packing.UNIT_ROWS // 2))
-        copies = int((room // lengths.sum(axis=0)).min()) + 2 * units
-        used = np.cumsum(np.sort(np.repeat(lengths, copies, axis=0), axis=0), axis=0)
+        copies = int((room // (lengths * times[:, None]).sum(axis=0)).min()) + 2 * units
+        repeated = np.repeat(lengths, times * copies, axis=0)
+        used = np.cumsum(np.sort(repeated, axis=0), axis=0)
         return min(
             int(np.searchsorted(u, r, side="right")) for u, r in zip(used.T, room, strict=True)
         )

@@ -131,8 +131,12 @@ def write_lines(path: epath.Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a file that is there as a whole or not at all."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # whatever the locale is
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = text.encode("utf-8", "backslashreplace")  # whatever the locale is
     if "://" in str(path):  # an object appears when it is complete
         path.write_bytes(content)
         return

@@ -17,6 +17,7 @@ that are axes. --list prints the command of every run that is not done, for a sc
 share the output folder take a part each with --shard=0/4, 1/4, ...
 """
 
+import functools
 import os
 import re
 import shlex
@@ -37,11 +38,33 @@ _CELL = flags.DEFINE_string("cell", None, "Run this one alone, in this process."
 _REPORT = flags.DEFINE_bool("report", False, "Only make the table and the plots anew.")
 
 
-def command(manifest: str, output_dir: str, bindings: Sequence[str], name: str) -> list[str]:
-    """The process of one run."""
+# Flags of scripts/train.py that every run gets as well.
+PASSED = (
+    "gin_search_paths", "gin_allow_import", "tfds_data_dir", "seqio_additional_cache_dirs",
+    "coordinator_address", "process_count", "process_index", "initialization_timeout",
+    "heartbeat_timeout",
+)  # fmt: skip
+
+
+def passed(values: flags.FlagValues) -> list[str]:
+    """Those of them that were given."""
+    found = []
+    for name in PASSED:
+        if values[name].present:
+            value = values[name].value
+            text = ",".join(value) if isinstance(value, list) else value
+            found.append(f"--{name}={text}")
+    return found
+
+
+def command(manifest: str, job: study.Job, name: str) -> list[str]:
+    """The process of one run; it can be started from anywhere."""
+    path = os.path.abspath(manifest) if os.path.isfile(manifest) else manifest
+    local = "://" not in job.output_dir
     return [
-        sys.executable, os.path.abspath(__file__), manifest, f"--output_dir={output_dir}",
-        f"--cell={name}", *(f"--gin.{binding}" for binding in bindings),
+        sys.executable, os.path.abspath(__file__), path,
+        f"--output_dir={os.path.abspath(job.output_dir) if local else job.output_dir}",
+        f"--cell={name}", *job.flags, *(f"--gin.{setting}" for setting in job.settings),
     ]  # fmt: skip
 
 
@@ -60,54 +83,51 @@ def main(argv: Sequence[str]) -> int | None:
     values = configure.parse_argv([argv[0], *argv[2:]])
     if values.gin_file:
         raise ValueError("The gin files are in the manifest, under files; --gin.NAME=value passes.")
-    bindings = list(values.gin_bindings)
     plan = study.read(manifest)
     cells = plan.cells()
-    axes = {axis for cell in cells for axis in cell.point}
-    for binding in bindings:
-        if (name := binding.partition("=")[0]) in axes:
-            raise ValueError(f"--gin.{name}: it is an axis of {manifest}; change it there.")
+    plan.check_settings(values.gin_bindings)
     if not _OUTPUT_DIR.value:
         raise ValueError("Say where the study goes: --output_dir=...")
+    if re.search(r"[,*?\[]", _OUTPUT_DIR.value):
+        raise ValueError(f"--output_dir={_OUTPUT_DIR.value}: a path without , * ? and [")
     output_dir = os.path.expanduser(_OUTPUT_DIR.value)
+    job = study.Job(plan, output_dir, list(values.gin_bindings), passed(values))
 
     if _CELL.value is not None:
         cell = next((cell for cell in cells if cell.name == _CELL.value), None)
         if cell is None:
             raise ValueError(f"--cell={_CELL.value}: {manifest} has no such run; see --list.")
         study.take_place()
-        return study.run_cell(plan, cell, output_dir, bindings)
+        return study.run_cell(job, cell)
 
     def missing(of: Sequence[study.Cell]) -> list[study.Cell]:
-        return [c for c in of if study.read_result(output_dir, c, plan, bindings) is None]
+        return [cell for cell in of if study.read_result(job, cell) is None]
 
     todo = [] if _REPORT.value else missing(shard(cells))
     if _LIST.value or values.dry_run:
         for cell in todo:
-            print(shlex.join(command(manifest, output_dir, bindings, cell.name)))
+            print(shlex.join(command(manifest, job, cell.name)))
         return None
+    outcome = study.Outcome()
     if todo:
         print(f"{plan.title}: {len(cells)} runs, {len(todo)} to do here.", flush=True)
         logs = os.path.join(output_dir if "://" not in output_dir else "study_logs", "logs")
-        outcome = study.run_cells(
-            todo, lambda cell: command(manifest, output_dir, bindings, cell.name), logs,
-            _WORKERS.value,
-        )  # fmt: skip
-    lines = [
-        line for cell in cells
-        for line in study.read_result(output_dir, cell, plan, bindings) or ()
-    ]  # fmt: skip
+        start = functools.partial(command, manifest, job)
+        outcome = study.run_cells(todo, lambda cell: start(cell.name), logs, _WORKERS.value)
+    lines = [line for cell in cells for line in study.read_result(job, cell) or ()]
+    left = missing(cells)
     if lines:
-        summary = study.summarize(plan, lines)
+        summary = study.summarize(plan, lines, missing=len(left))
         study.write(summary, output_dir)
         print(study.markdown(summary))
-    left = missing(cells)
     print(f"{len(cells) - len(left)} of {len(cells)} runs are done. In {output_dir}.")
-    if todo and outcome.stopped:
-        sys.exit(study.EXIT_PREEMPTED)
-    if todo and outcome.failed:
+    if outcome.failed:
         reasons = "".join(f"\n  {name}: {why}" for name, why in outcome.failed.items())
         raise ValueError(f"{len(outcome.failed)} runs failed:{reasons}")
+    if outcome.busy:
+        print(f"Other processes have {len(outcome.busy)} of them in hand.")
+    if outcome.signalled or outcome.busy:
+        sys.exit(study.EXIT_PREEMPTED)  # the same command goes on
     return None
 
 

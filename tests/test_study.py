@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -93,6 +94,57 @@ def test_command_gives_what_the_manifest_says(tmp_path):
     assert given(cells["labels"], "DROPOUT_RATE=0.2")["model"].dropout_rate == 0.2
 
 
+@pytest.mark.parametrize(
+    "setting", ["RANDOM_SEED=3", "MIXTURE_OR_TASK_NAME=svamp_label", "TRAIN_STEPS_RELATIVE=9"]
+)
+def test_what_the_study_decides_is_not_the_users(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"--gin.{setting.partition('=')[0]}: "):
+        study_of(tmp_path).check_settings([setting])
+    study_of(tmp_path).check_settings(["TRAIN_STEPS=3", "DATA_DIR=/data"])
+
+
+def test_a_reference_needs_a_run_with_the_same_values(tmp_path):
+    text = BASIC.replace('tokens_of = "both"', 'tokens_of = "both"\naxes.ALPHA = [0.9]')
+    made = study_of(tmp_path, text)
+    with pytest.raises(ValueError, match="'both', whose tokens it takes, has no run with ALPHA"):
+        made.reference(made.cells()[0])
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    made = study_of(tmp_path)
+    labels, both = made.cells()[0], made.cells()[-1]
+    out = str(tmp_path / "out")
+
+    def keep(job, cell):
+        kept = {"made_with": job.identity(cell), "lines": [{"test": 1}]}
+        path = tmp_path / "out" / "cells" / f"{cell.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept))
+
+    job = study.Job(made, out, ["DROPOUT_RATE=0.1", "DATA_DIR=/data"])
+    for cell in (labels, both):
+        assert study.read_result(job, cell) is None
+        keep(job, cell)
+        assert study.read_result(job, cell) == [{"test": 1}]
+    # Another place, another order: the same run.
+    moved = study.Job(made, out, ["DATA_DIR=/elsewhere", "DROPOUT_RATE=0.1"])
+    assert study.read_result(moved, labels) == [{"test": 1}]
+    with pytest.raises(ValueError, match="DROPOUT_RATE was 0.1, is 0.5. Give the same"):
+        study.read_result(study.Job(made, out, ["DROPOUT_RATE=0.5"]), both)
+    # What its length follows from counts, too.
+    longer = study_of(tmp_path, BASIC.replace("axes.ALPHA", "settings.BATCH_SIZE = 4\naxes.ALPHA"))
+    with pytest.raises(ValueError, match="tokens_of was"):
+        study.read_result(study.Job(longer, out, job.settings), labels)
+    # And a run that is under way.
+    (tmp_path / "out" / "cells" / f"{both.name}.json").unlink()
+    folder = job.run_dir(both)
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text(json.dumps({"made_with": job.identity(both)}))
+    assert study.read_result(job, both) is None
+    with pytest.raises(ValueError, match="study.json is of other settings"):
+        study.read_result(study.Job(made, out, ["DROPOUT_RATE=0.5"]), both)
+
+
 def test_trained_on_one_dataset_and_tested_on_another(tmp_path):
     text = BASIC.replace('name = "both"', 'name = "both"\ndataset = "arithmetic_noisy"')
     (cell,) = [c for c in study_of(tmp_path, text).cells() if c.arm.name == "both"][:1]
@@ -113,7 +165,8 @@ def test_trained_on_one_dataset_and_tested_on_another(tmp_path):
         ('dataset = "arithmetic"', "", "names no dataset"),
         ('baseline = "labels"', 'baseline = "gold"', "baseline is 'gold'"),
         ("ALPHA = 0.3", "BETA = 0.3", "no arm has this axis"),
-        ("TRAIN_STEPS = 4", 'MODEL_DIR = "/tmp/x"', "set by the study itself"),
+        ("TRAIN_STEPS = 4", 'MODEL_DIR = "/tmp/x"', "set by the study: each run has a folder"),
+        ("TRAIN_STEPS = 4", "TRAIN_STEPS_RELATIVE = 4", "TRAIN_STEPS is the number of updates"),
         ("evaluations = 2", "evaluations = 0", "must be positive"),
         ('name = "both"', 'name = "labels"', "two arms are called"),
         ("[axes]", "[axes", "not TOML"),
@@ -155,7 +208,8 @@ def test_shipped_manifests_resolve(path):
 
 def line(arm, fraction, seed, test, **more):
     found = {
-        "arm": arm, "dataset": "arithmetic", "task": "arithmetic_label", "TRAIN_FRACTION": fraction,
+        "arm": arm, "dataset": "arithmetic", "tested_on": "arithmetic", "task": "arithmetic_label",
+        "TRAIN_FRACTION": fraction,
         "RANDOM_SEED": seed, "test": test, "validation": test, "parameters": 1000,
         "examples": round(1000 * fraction), "steps": 10, "tokens": 10_000, "n": 400,
         "standard_error": 0.02, "metric": "accuracy", "teacher": 0.9,
@@ -251,6 +305,47 @@ def test_the_smallest_student_that_passes_the_teacher(tmp_path):
     assert found.axes == ["T5Config.emb_dim"]
 
 
+def test_datasets_are_told_apart_and_mixtures_are_not_seeds(tmp_path):
+    text = BASIC.replace('dataset = "arithmetic"', "").replace(
+        "TRAIN_FRACTION = [0.25, 1.0]", 'dataset = ["cqa", "all"]'
+    )
+    text = text.replace("axes.ALPHA = [0.3, 0.5]", "").split("[[when]]")[0]
+    made = study_of(tmp_path, text)
+    lines = [
+        line(arm, 1.0, seed, test + shift, dataset=dataset, tested_on="cqa", task="cqa_label")
+        for arm, shift in (("labels", 0.0), ("both", 0.1))
+        for dataset, test in (("cqa", 0.1), ("all", 0.8))
+        for seed in (0, 1)
+    ]
+    found = study.summarize(made, lines)
+    assert [(p.arm, p.axes["dataset"], round(p.mean, 3)) for p in found.points] == [
+        ("labels", "cqa", 0.1), ("labels", "all", 0.8), ("both", "cqa", 0.2), ("both", "all", 0.9)
+    ]  # fmt: skip
+    assert [round(d.mean, 3) for d in found.differences] == [0.1, 0.1]
+    assert "dataset" in study.markdown(found)
+
+
+def test_several_datasets_have_a_column_in_both_tables(tmp_path):
+    text = BASIC.replace('dataset = "arithmetic"', "").replace(
+        "TRAIN_FRACTION = [0.25, 1.0]", 'dataset = ["cqa", "svamp"]'
+    )
+    text = text.replace("axes.ALPHA = [0.3, 0.5]", "").split("[[when]]")[0]
+    lines = [
+        line(arm, 1.0, 0, 0.5, dataset=dataset, tested_on=dataset, task=f"{dataset}_label")
+        for arm in ("labels", "both") for dataset in ("cqa", "svamp")
+    ]  # fmt: skip
+    shown = study.markdown(study.summarize(study_of(tmp_path, text), lines, missing=3))
+    rows = [row.split("|")[1:3] for row in shown.splitlines() if row.startswith("| svamp")]
+    assert len(rows) == 3  # two points, one difference
+    assert "3 runs are missing" in shown
+
+
+def test_a_baseline_without_a_seed_is_compared_on_the_others(tmp_path):
+    found = summed(tmp_path, {("labels", 1.0): [0.2, 0.3], ("both", 1.0): [0.4, 0.6, 0.9]})
+    (difference,) = found.differences
+    assert difference.seeds == 2 and difference.mean == pytest.approx(0.25)
+
+
 def test_files_are_the_same_for_the_same_results(tmp_path):
     values = {
         (arm, fraction): [0.2 + fraction / 2, 0.3 + fraction / 2]
@@ -297,6 +392,8 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path):
         "import sys; print('Error: out of cheese') if '1' in sys.argv[1] else 0;"
         "sys.exit({'cell1': 2, 'cell2': 76}.get(sys.argv[1], 0))"
     )
+    (tmp_path / "cell1.txt").write_text("Error: of an earlier attempt\n")
+    (tmp_path / "cell3.txt").write_text("Error: of an earlier attempt\n")
     outcome = pool.run_cells(cells(4), python(code), str(tmp_path), 2)
     assert sorted(outcome.done) == ["cell0", "cell3"]
     assert outcome.failed == {"cell1": "Error: out of cheese"}
@@ -332,21 +429,27 @@ def test_sigterm_is_passed_on_and_nothing_is_started_after_it(tmp_path):
     threading.Thread(target=terminate, daemon=True).start()
     before = signal.getsignal(signal.SIGTERM)
     outcome = pool.run_cells(cells(3), command, str(tmp_path / "logs"), 1)
-    assert outcome.stopped == ["cell0"] and not outcome.done
+    assert outcome.stopped == ["cell0"] and not outcome.done and outcome.signalled
     assert not (tmp_path / "cell1.up").exists()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_workers_share_out_what_there_is(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(pool.glob, "glob", lambda at: ["a", "b"] if "nvidia" in at else [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert pool.places(None) == [{"CUDA_VISIBLE_DEVICES": card} for card in "01"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
     assert pool.places(None) == [{"CUDA_VISIBLE_DEVICES": card} for card in "0257"]
     assert pool.places(2) == [{"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "5,7"}]
     with pytest.raises(ValueError, match="--workers=5, but there are 4 GPUs"):
         pool.places(5)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(pool.glob, "glob", lambda _: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2, 0}, raising=False)
-    assert pool.places(None) == [{}]
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert pool.places(None) == [{}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert pool.places(2) == [{"STUDY_CORES": "0,1"}, {"STUDY_CORES": "2,3"}]
 
 
@@ -395,6 +498,7 @@ def test_a_study_goes_on_and_its_results_are_the_same_to_the_last_bit(tmp_path):
     assert both["trained_on"] == "arithmetic_noisy_step_by_step"
     assert both["dataset"] == "arithmetic" and both["teacher"] == 1.0 and both["n"] == 1200
     assert both["steps"] == 4 and both["chosen_step"] in (2, 4)
+    assert 0 <= both["validation"] <= 1 and 0 <= labels["validation"] <= 1
     assert labels["tokens"] == pytest.approx(both["tokens"], rel=0.1)
     assert labels["steps"] > both["steps"]
 
@@ -407,16 +511,19 @@ def test_a_study_goes_on_and_its_results_are_the_same_to_the_last_bit(tmp_path):
     kept = (out / "cells" / "labels+RANDOM_SEED=0.json").stat().st_mtime_ns
     (out / "cells" / "both+RANDOM_SEED=0.json").unlink()
     subprocess.run(["rm", "-r", str(out / "runs" / "both+RANDOM_SEED=0")], check=True)
-    again = run_study(tmp_path, "--workers=2")
-    assert "2 runs, 1 to do here" in again.stdout, again.stdout + again.stderr
+    listed = run_study(tmp_path, "--list")
+    (command,) = listed.stdout.splitlines()
+    assert listed.returncode == 0 and "--cell=both+RANDOM_SEED=0" in command
+    # As a scheduler would run it, from another folder.
+    environment = {**os.environ, "DISTILL_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, check=True, timeout=500)
+    again = run_study(tmp_path)
+    assert "2 of 2 runs are done" in again.stdout, again.stdout + again.stderr
     assert (out / "results.jsonl").read_bytes() == first
     assert (out / "cells" / "labels+RANDOM_SEED=0.json").stat().st_mtime_ns == kept
 
     # Other settings are another study.
     other = run_study(tmp_path, "--gin.DROPOUT_RATE=0.5")
     assert other.returncode == 2
-    assert "DROPOUT_RATE=0.5" in other.stderr and "--output_dir" in other.stderr
-    listed = run_study(tmp_path, "--list")
-    assert listed.returncode == 0 and not listed.stdout.strip()
-    axis = run_study(tmp_path, "--gin.RANDOM_SEED=3")
-    assert axis.returncode == 2 and "it is an axis" in axis.stderr
+    assert "DROPOUT_RATE was 0.0, is 0.5" not in other.stderr  # it was not given at all
+    assert "DROPOUT_RATE was not given, is 0.5" in other.stderr and "--output_dir" in other.stderr

@@ -4,7 +4,7 @@
 not done, `summary` and `files` say what came out. `scripts/study.py` is the command.
 """
 
-from distill.study.cell import EXIT_BUSY, read_result, run_cell
+from distill.study.cell import EXIT_BUSY, Job, read_result, run_cell
 from distill.study.files import markdown, write
 from distill.study.manifest import Arm, Cell, Study, read
 from distill.study.pool import EXIT_PREEMPTED, Outcome, places, run_cells, take_place
@@ -15,6 +15,7 @@ __all__ = [
     "EXIT_PREEMPTED",
     "Arm",
     "Cell",
+    "Job",
     "Outcome",
     "Study",
     "Summary",

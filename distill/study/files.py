@@ -1,5 +1,6 @@
 """A study's results as files: JSON lines, a Markdown table, and plots."""
 
+import io
 import math
 from collections.abc import Sequence
 
@@ -44,10 +45,12 @@ def _is_number(value) -> bool:
 def markdown(summary: Summary) -> str:
     """Returns the table of all settings, the differences, and what was read off the curves."""
     study, points = summary.study, summary.points
-    shown = [axis for axis in summary.axes if axis not in EXAMPLES]
+    # A mixture is tested on its datasets; else the dataset's column says it.
+    mixes = any(p.axes.get(DATASET, p.dataset) != p.dataset for p in points)
+    shown = [a for a in summary.axes if a not in EXAMPLES and (a != DATASET or mixes)]
     several = len({p.dataset for p in points}) > 1
     header = [
-        *([DATASET] if several else []), "arm", *shown, "examples", "steps", "training tokens",
+        *(["tested on"] if several else []), "arm", *shown, "examples", "steps", "training tokens",
         "seeds", "test", "95 % over seeds", "sd", "validation",
     ]  # fmt: skip
     rows = [
@@ -55,7 +58,8 @@ def markdown(summary: Summary) -> str:
             *([p.dataset] if several else []), p.arm, *(str(p.axes.get(a, "")) for a in shown),
             f"{p.examples:,}", f"{p.steps:,.0f}", _short(p.tokens), str(len(p.seeds)),
             f"{p.mean:.4f}", _plus_minus(p.half_width),
-            f"{p.test.std(ddof=1):.4f}" if len(p.test) > 1 else "", f"{p.validation.mean():.4f}",
+            f"{p.test.std(ddof=1):.4f}" if len(p.test) > 1 else "",
+            "" if math.isnan(p.validation.mean()) else f"{p.validation.mean():.4f}",
         ]
         for p in points
     ]  # fmt: skip
@@ -71,17 +75,26 @@ def markdown(summary: Summary) -> str:
     if summary.differences:
         rows = [
             [
-                d.point.arm + _axes_of(d.point, shown), d.baseline.arm, f"{d.point.examples:,}",
+                *([d.point.dataset] if several else []), d.point.arm + _axes_of(d.point, shown),
+                d.baseline.arm
+                + _axes_of(d.baseline, [axis for axis in shown if axis not in d.point.axes]),
+                f"{d.point.examples:,}", str(d.seeds),
                 f"{d.mean:+.4f} {_plus_minus(d.half_width)}".rstrip(), d.verdict,
             ]
             for d in summary.differences
         ]  # fmt: skip
         parts.append("Differences, seed by seed (95 % interval of the mean, Student's t):")
-        parts.append(_table(["arm", "minus", "examples", "difference", ""], rows))
+        header = [
+            *(["tested on"] if several else []), "arm", "minus", "examples", "seeds", "difference",
+            "",
+        ]  # fmt: skip
+        parts.append(_table(header, rows))
     said = [_said(c, "examples") for c in summary.examples]
     said += [_said(c, "parameters") for c in summary.sizes]
     if said:
         parts.append("\n".join(f"- {line}" for line in said))
+    if summary.missing:
+        parts.append(f"{summary.missing} runs are missing.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,7 +110,7 @@ def _said(crossing: Crossing, unit: str) -> str:
     if crossing.at is None:
         said = f"{start} at none of {first} to {last} {unit}"
     else:
-        share = f", {crossing.at / crossing.span[1]:.0%} of them" if unit == "examples" else ""
+        share = f", {crossing.at / crossing.of:.0%} of them" if crossing.of else ""
         at_first = (
             " (its first point, so perhaps earlier)" if crossing.at == crossing.span[0] else ""
         )
@@ -149,7 +162,8 @@ def draw(summary: Summary, axis: str, path: epath.Path) -> None:
 
     points = [p for p in summary.points if axis in p.axes]
     datasets = list(dict.fromkeys(p.dataset for p in points))
-    arms = list(dict.fromkeys(key[1:] for key in curves(points, axis)))
+    arms = list(dict.fromkeys(_label(group[0], axis, summary) for group in
+                              curves(points, axis).values()))  # fmt: skip
     columns = min(2, len(datasets))
     rows = -(-len(datasets) // columns)
     with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "distill"}):
@@ -160,11 +174,19 @@ def draw(summary: Summary, axis: str, path: epath.Path) -> None:
         for panel, dataset in zip(grid.flat, datasets, strict=False):
             _panel(panel, summary, axis, dataset, arms)
         figure.suptitle(summary.study.title, fontsize=11)
-        figure.savefig(path_of(path), dpi=150, metadata=_undated(path))
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, metadata=_undated(path))
+    results.write_bytes(path, drawn.getvalue())
 
 
-def path_of(path: epath.Path):
-    return path.open("wb") if "://" in str(path) else str(path)
+def _label(point: Point, axis: str, summary: Summary) -> str:
+    """The arm, and the values beside the axis that tell its curves apart."""
+    several = [
+        f"{name} {value}" for name, value in point.axes.items()
+        if name in summary.axes and name != axis
+        and not (name == DATASET and value == point.dataset)
+    ]  # fmt: skip
+    return ", ".join([point.arm, *several])
 
 
 def _axis_name(axis: str) -> str:
@@ -180,20 +202,18 @@ def _undated(path: epath.Path) -> dict[str, None]:
     return {"Date": None} if path.suffix == ".svg" else {}
 
 
-def _panel(panel, summary: Summary, axis: str, dataset: str, arms: Sequence[tuple]) -> None:
-    lines = {
-        key: group for key, group in curves(summary.points, axis).items() if key[0] == dataset
-    }  # fmt: skip
-    first = next(iter(lines.values()))[0]
-    for (_, arm, rest), group in lines.items():
-        number = arms.index((arm, rest))
+def _panel(panel, summary: Summary, axis: str, dataset: str, arms: Sequence[str]) -> None:
+    lines = [group for key, group in curves(summary.points, axis).items() if key[0] == dataset]
+    first = lines[0][0]
+    for group in lines:
+        label = _label(group[0], axis, summary)
+        number = arms.index(label)  # the same colour in every panel
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-        several = [f"{k} {v}" for k, v in rest if k in summary.axes]
         xs = [p.position(axis) for p in group]
         bars = [0 if math.isnan(p.half_width) else p.half_width for p in group]
         panel.errorbar(
             xs, [p.mean for p in group], yerr=bars, color=colour, marker=marker, capsize=3,
-            label=", ".join([arm, *several]), linewidth=1.6, markersize=6, elinewidth=1,
+            label=label, linewidth=1.6, markersize=6, elinewidth=1,
         )  # fmt: skip
         for x, p in zip(xs, group, strict=True):
             panel.plot([x] * len(p.test), p.test, ".", color=colour, alpha=0.45, markersize=5)
@@ -212,7 +232,7 @@ def _panel(panel, summary: Summary, axis: str, dataset: str, arms: Sequence[tupl
         from matplotlib import ticker
 
         panel.set_xscale("log")
-        ticks = sorted({p.position(axis) for group in lines.values() for p in group})
+        ticks = sorted({p.position(axis) for group in lines for p in group})
         panel.set_xticks(ticks, labels=[_short(x) if x >= 1e5 else f"{x:,.0f}" for x in ticks])
         panel.xaxis.set_minor_locator(ticker.NullLocator())
     panel.set_xlabel(_axis_name(axis))

@@ -6,7 +6,7 @@
     baseline = "label-only"                         # the arm that the others are compared with
 
     [settings]                                      # as behind --gin., of every run
-    TRAIN_STEPS = 1000
+    TRAIN_STEPS = 1000                              # updates, from whatever a run starts from
 
     [axes]                                          # every arm takes every combination
     TRAIN_FRACTION = [0.25, 0.5, 1.0]
@@ -49,8 +49,17 @@ from distill import prompts
 SEED, STEPS = "RANDOM_SEED", "TRAIN_STEPS_RELATIVE"
 # Axes that are no settings of gin.
 DATASET, MODEL = "dataset", "model"
-# The run's own: a cell sets them.
-_OURS = ("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TEST_AT_END")
+# What a study sets itself, and what to do instead.
+_OURS = {
+    "MODEL_DIR": "each run has a folder of its own, in --output_dir",
+    "MIXTURE_OR_TASK_NAME": "it follows from dataset and the arm's task",
+    "TEST_AT_END": "the step that validation chooses is tested, once",
+    STEPS: "in a study TRAIN_STEPS is the number of updates",
+    "EVAL_PERIOD": "set evaluations in the manifest",
+    "CHECKPOINT_PERIOD": "a run is saved whenever it is evaluated",
+    "CHECKPOINTS_TO_KEEP": "the newest and the best are kept",
+    "OBJECTIVE": "it follows from the arm's task",
+}
 _SETTING = re.compile(r"([A-Za-z_]\w*/)*[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _MAX_CELLS = 10_000
 
@@ -156,31 +165,51 @@ class Study:
         return next(arm for arm in self.arms if arm.name == name)
 
     def reference(self, cell: Cell) -> Cell:
-        """The run of the arm in `tokens_of` with the same values, else the first of its axes."""
+        """The run of the arm in `tokens_of` with the same values; of its own axes the first."""
         arm = self.arm(cell.arm.tokens_of)
-        point = {
-            axis: cell.point[axis] if cell.point.get(axis) in values else values[0]
-            for axis, values in self.axes_of(arm).items()
-        }
+        point = {}
+        for axis, values in self.axes_of(arm).items():
+            if cell.point.get(axis, values[0]) not in values:
+                raise ValueError(
+                    f"{cell.name}: {arm.name!r}, whose tokens it takes, has no run with "
+                    f"{axis} = {cell.point[axis]}."
+                )
+            point[axis] = cell.point.get(axis, values[0])
         return self._cell(arm, point, set())
 
-    def command(self, cell: Cell, settings: Sequence[str] = ()) -> list[str]:
-        """Arguments of `scripts/train.py`, but for MODEL_DIR and the run's length.
-
-        Args:
-          cell: the run.
-          settings: the user's, `NAME=value`; they hold before the manifest's, but not on its axes.
-        """
+    def files_of(self, cell: Cell) -> list[str]:
+        """The gin files of a run."""
         files = ([cell.point[MODEL]] if MODEL in cell.point else []) + list(self.files)
         if prompts.split_name(cell.task)[1] not in prompts.MIXTURES:
             files.append("standard.gin")
-        bindings = {**cell.settings, "MIXTURE_OR_TASK_NAME": cell.task, "TEST_AT_END": False}
-        given = [s for s in settings if s.partition("=")[0] not in cell.point]
+        return files
+
+    def settings_of(self, cell: Cell, user: Sequence[str] = ()) -> dict[str, str]:
+        """The gin settings of a run, all but its folder and length, as they are written.
+
+        Args:
+          cell: the run.
+          user: settings `NAME=value` that hold before the manifest's.
+        """
+        settings = {name: _gin(value) for name, value in cell.settings.items()}
+        settings |= {"MIXTURE_OR_TASK_NAME": cell.task, "TEST_AT_END": "False"}
+        return settings | {name: value for name, _, value in (s.partition("=") for s in user)}
+
+    def command(self, cell: Cell, user: Sequence[str] = ()) -> list[str]:
+        """Arguments of `scripts/train.py`, but for MODEL_DIR and the run's length."""
         return [
-            *(f"--gin_file={file}" for file in files),
-            *(f"--gin.{name}={_gin(value)}" for name, value in bindings.items()),
-            *(f"--gin.{setting}" for setting in given),
+            *(f"--gin_file={file}" for file in self.files_of(cell)),
+            *(f"--gin.{name}={text}" for name, text in self.settings_of(cell, user).items()),
         ]
+
+    def check_settings(self, user: Sequence[str]) -> None:
+        """Raises ValueError where a setting of the user's is the study's to make."""
+        axes = {axis for arm in self.arms for axis in self.axes_of(arm)}
+        for name in (setting.partition("=")[0] for setting in user):
+            if name in axes:
+                raise ValueError(f"--gin.{name}: it is an axis of the study; change the manifest.")
+            if name in _OURS:
+                raise ValueError(f"--gin.{name}: {_OURS[name]}")
 
 
 def _word(value: Any) -> str:
@@ -307,7 +336,7 @@ def _check(study: Study) -> None:
                 + f" Known: {', '.join([*prompts.MIXTURES, *prompts.FORMS])}, each with _llm for "
                 "the teacher's labels."
             )
-        if arm.tokens_of and {"TRAIN_STEPS", STEPS} & {*arm.settings, *arm.axes}:
+        if arm.tokens_of and "TRAIN_STEPS" in {*arm.settings, *arm.axes}:
             raise ValueError(f"arm {arm.name!r} has both TRAIN_STEPS and tokens_of")
     if study.baseline not in (None, *names):
         raise ValueError(f"baseline is {study.baseline!r}, the arms are {names}")
@@ -346,7 +375,7 @@ def _settings(where: str, said: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in _flat(said).items():
         if name in _OURS:
-            raise ValueError(f"{where}: {name} is set by the study itself")
+            raise ValueError(f"{where}: {name} is set by the study: {_OURS[name]}")
         found[name] = value
     return found
 
@@ -355,7 +384,7 @@ def _axes(where: str, said: dict[str, Any]) -> dict[str, list[Any]]:
     found = {}
     for name, values in _flat(said).items():
         if name in _OURS:
-            raise ValueError(f"{where}: {name} is set by the study itself")
+            raise ValueError(f"{where}: {name} is set by the study: {_OURS[name]}")
         if not isinstance(values, list) or not values:
             raise ValueError(f"{where}: {name} must be a list of values, not {values!r}")
         if any(values.count(value) > 1 for value in values):

@@ -28,12 +28,14 @@ class Outcome:
       failed: with the last lines of their log.
       busy: another process has them in hand.
       stopped: by a signal; they are saved and go on when the study is started again.
+      signalled: a signal ended the pool; what was waiting was not begun.
     """
 
     done: list[str] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     busy: list[str] = dataclasses.field(default_factory=list)
     stopped: list[str] = dataclasses.field(default_factory=list)
+    signalled: bool = False
 
 
 @dataclasses.dataclass
@@ -43,6 +45,7 @@ class _Running:
     place: int
     log: str
     started: float
+    log_start: int  # where this attempt's output begins
     told: bool = False  # to stop
 
 
@@ -59,14 +62,17 @@ def places(workers: int | None) -> list[dict[str, str]]:
     Raises:
       ValueError: more workers than GPUs, or than cores.
     """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = given.split(",") if given else map(str, range(len(glob.glob("/dev/nvidia[0-9]*"))))
-    cards = [card for card in cards if card.strip()]
+    cards = _cards()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     units, name = (cards, "GPUs") if cards else (cores, "processor cores")
     workers = workers or (len(cards) or 1)
     if workers == 1:
         return [{}]
+    if not cards and glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+        raise ValueError(
+            f"--workers={workers}: the chips of a TPU host belong to one process; give every host "
+            "a part of the runs with --shard."
+        )
     if workers > len(units):
         raise ValueError(f"--workers={workers}, but there are {len(units)} {name}.")
     share = len(units) // workers
@@ -74,6 +80,18 @@ def places(workers: int | None) -> list[dict[str, str]]:
     return [
         {variable: ",".join(map(str, units[i * share : (i + 1) * share]))} for i in range(workers)
     ]
+
+
+def _cards() -> list[str]:
+    """The NVIDIA GPUs that JAX may use here."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    cards = [card.strip() for card in given.split(",") if card.strip()]
+    return cards[: cards.index("-1")] if "-1" in cards else cards  # as CUDA reads it
 
 
 def take_place() -> None:
@@ -136,6 +154,7 @@ def run_cells(
             at.process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+    outcome.signalled = bool(signals)
     return outcome
 
 
@@ -143,12 +162,13 @@ def _start(cell, command, log_dir, idle, environments) -> _Running:
     place = idle.pop(0)
     log = os.path.join(log_dir, f"{cell.name}.txt")
     with open(log, "ab") as file:
+        log_start = file.tell()
         process = subprocess.Popen(
             command(cell), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env={**os.environ, **environments[place]},
             start_new_session=True,  # Ctrl-C comes to us, and we pass it on
         )  # fmt: skip
-    return _Running(cell, process, place, log, time.monotonic())
+    return _Running(cell, process, place, log, time.monotonic(), log_start)
 
 
 def _note(at: _Running, outcome: Outcome) -> None:
@@ -165,15 +185,15 @@ def _note(at: _Running, outcome: Outcome) -> None:
         outcome.stopped.append(name)
         said = "stopped"
     else:
-        outcome.failed[name] = _end_of(at.log)
+        outcome.failed[name] = _end_of(at.log, at.log_start)
         said = f"FAILED with exit status {code}, see {at.log}"
     tqdm.write(f"{name}: {said} ({minutes:.1f} minutes)", file=sys.stderr)
 
 
-def _end_of(log: str) -> str:
-    """The last lines that a run printed."""
+def _end_of(log: str, start: int) -> str:
+    """The error, else the last lines, that an attempt printed."""
     with open(log, "rb") as file:
-        file.seek(max(0, os.path.getsize(log) - 2000))
+        file.seek(max(start, os.path.getsize(log) - 2000))
         lines = file.read().decode("utf-8", "replace").replace("\r", "\n").splitlines()
     errors = [line for line in lines if line.startswith("Error")]
-    return "\n".join(errors[-1:] or lines[-3:])
+    return "\n".join(errors[-1:] or lines[-3:]) or "it printed nothing"

@@ -33,7 +33,8 @@ class Point:
     Attributes:
       arm: how it was trained.
       dataset: that it was tested on.
-      axes: its values, but for the seed.
+      task: likewise, the SeqIO task.
+      axes: its values, but for the seed; the dataset among them is what the manifest says.
       seeds: of the runs.
       test: the metric on the test split of each of them, [seeds].
       validation: on the validation split, at the step that was chosen by it, [seeds].
@@ -49,6 +50,7 @@ class Point:
 
     arm: str
     dataset: str
+    task: str
     axes: Mapping[str, Any]
     seeds: Sequence[int]
     test: np.ndarray
@@ -85,12 +87,14 @@ class Difference:
     Attributes:
       point: the arm's.
       baseline: the other's.
+      seeds: that both have.
       mean: of the differences.
       half_width: of their 95 % interval; NaN of one seed.
     """
 
     point: Point
     baseline: Point
+    seeds: int
     mean: float
     half_width: float
 
@@ -98,7 +102,7 @@ class Difference:
     def verdict(self) -> str:
         if math.isnan(self.half_width):
             return "one seed"
-        if abs(self.mean) <= self.half_width:
+        if abs(self.mean) <= self.half_width or self.mean == 0:
             return "no difference seen"
         return "better" if self.mean > 0 else "worse"
 
@@ -118,6 +122,7 @@ class Crossing:
       high: likewise; infinite where more than 2.5 % of the resamples do not reach it.
       reached: fraction of the resamples that reach it; None with one seed.
       span: the axis from its first to its last point.
+      of: the position that the level was measured at; None where it is no point of a curve.
     """
 
     arm: str
@@ -129,6 +134,7 @@ class Crossing:
     high: float | None
     reached: float | None
     span: tuple[float, float]
+    of: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +145,10 @@ class Summary:
       study: the manifest.
       lines: of the results file.
       points: in the order of the manifest.
-      differences: of every arm from the baseline where both have all the other's seeds.
+      differences: of every arm from the baseline at the same setting, on the seeds of both.
       examples: what each arm needs to match the baseline on all examples.
       sizes: of each arm, the smallest student that passes the teacher.
+      missing: runs that are not done.
     """
 
     study: Study
@@ -150,6 +157,7 @@ class Summary:
     differences: Sequence[Difference]
     examples: Sequence[Crossing]
     sizes: Sequence[Crossing]
+    missing: int = 0
 
     @property
     def axes(self) -> list[str]:
@@ -171,18 +179,19 @@ def half_width(values: np.ndarray) -> float:
     return float(t * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def summarize(study: Study, lines: Sequence[Mapping[str, Any]]) -> Summary:
+def summarize(study: Study, lines: Sequence[Mapping[str, Any]], missing: int = 0) -> Summary:
     """Sums up the results of a study, of which some may be missing.
 
     Args:
       study: the manifest.
       lines: as `cell.run_cell` writes them, in the order of the manifest.
+      missing: how many runs have none yet.
     """
     points = _points(study, lines)
     baseline = study.baseline or study.arms[0].name
     return Summary(
         study, lines, points, _differences(points, baseline), _examples(points, baseline),
-        _sizes(points),
+        _sizes(points), missing,
     )  # fmt: skip
 
 
@@ -192,14 +201,15 @@ def _points(study: Study, lines: Sequence[Mapping[str, Any]]) -> list[Point]:
         axes = study.axes_of(study.arm(line["arm"]))
         fixed = tuple((axis, str(line[axis])) for axis in axes if axis != SEED)
         # A mixture is tested on each of its datasets.
-        groups[line["arm"], line["dataset"], line["task"], fixed].append(line)
+        groups[line["arm"], line["tested_on"], line["task"], fixed].append(line)
     return [
         Point(
             arm=first["arm"],
-            dataset=first["dataset"],
+            dataset=first["tested_on"],
+            task=first["task"],
             axes={
                 axis: first[axis] for axis in study.axes_of(study.arm(first["arm"]))
-                if axis not in (SEED, DATASET)
+                if axis != SEED
             },
             seeds=[line[SEED] for line in group],
             test=np.array([line["test"] for line in group], float),
@@ -221,22 +231,24 @@ def _differences(points: Sequence[Point], baseline: str) -> list[Difference]:
     found = []
     for point in points:
         for other in points:
-            shared = set(point.axes) & set(other.axes)
-            if (
-                other.arm == baseline != point.arm
-                and other.dataset == point.dataset
-                and set(other.axes) == shared  # the arm may have axes of its own
-                and all(point.axes[axis] == other.axes[axis] for axis in shared)
-                and set(other.seeds) >= set(point.seeds)
-            ):
-                values = dict(zip(other.seeds, other.test, strict=True))
-                paired = point.test - np.array([values[seed] for seed in point.seeds])
-                found.append(Difference(point, other, float(paired.mean()), half_width(paired)))
+            common = sorted(set(point.seeds) & set(other.seeds))
+            if other.arm == baseline != point.arm and _same_setting(point, other) and common:
+                mine, others = (dict(zip(p.seeds, p.test, strict=True)) for p in (point, other))
+                paired = np.array([mine[seed] - others[seed] for seed in common])
+                found.append(
+                    Difference(point, other, len(common), float(paired.mean()), half_width(paired))
+                )
     return found
 
 
+def _same_setting(a: Point, b: Point) -> bool:
+    """Whether two arms were tested on the same and agree on the axes that both have."""
+    shared = set(a.axes) & set(b.axes)
+    return a.dataset == b.dataset and all(a.axes[axis] == b.axes[axis] for axis in shared)
+
+
 def curves(points: Sequence[Point], axis: str) -> dict[tuple, list[Point]]:
-    """Points that differ on one axis alone, by (dataset, arm, the other values), in its order."""
+    """Points that differ on one axis alone, by (tested on, arm, the other values), in its order."""
     found: dict[tuple, list[Point]] = collections.defaultdict(list)
     for point in points:
         if axis in point.axes:
@@ -252,17 +264,19 @@ def _examples(points: Sequence[Point], baseline: str) -> list[Crossing]:
     """What each arm needs to match the baseline on all examples."""
     found = []
     for axis in EXAMPLES:
-        lines = {key: group for key, group in curves(points, axis).items() if len(group) > 1}
-        for (dataset, arm, rest), group in lines.items():
-            shared = {name for name, _ in rest}
-            for (other_dataset, other_arm, other_rest), other in lines.items():
-                fits = all(pair in rest for pair in other_rest if pair[0] in shared)
-                if other_arm == baseline != arm and other_dataset == dataset and fits:
-                    full = other[-1]
-                    line = f"{baseline} on {full.examples:,} examples"
-                    found.append(
-                        _crossing(group, axis, full.test, _where(dataset, rest, points), line)
-                    )
+        lines = [group for group in curves(points, axis).values() if len(group) > 1]
+        for group in lines:
+            for other in lines:
+                full = other[-1]
+                at_full = dataclasses.replace(
+                    group[0], axes={**group[0].axes, axis: full.axes[axis]}
+                )  # fmt: skip
+                if full.arm == baseline != group[0].arm and _same_setting(at_full, full):
+                    own = set(full.axes) - set(group[0].axes)
+                    name = ", ".join([baseline, *(f"{k} {full.axes[k]}" for k in sorted(own))])
+                    line = f"{name} on {full.examples:,} examples"
+                    where = _where(group[0], axis, points)
+                    found.append(_crossing(group, axis, full.test, where, line, of=full.examples))
     return found
 
 
@@ -270,26 +284,27 @@ def _sizes(points: Sequence[Point]) -> list[Crossing]:
     """The smallest student of each arm that passes the teacher."""
     sizes = dict.fromkeys(axis for point in points for axis in point.axes if is_size(axis))
     return [
-        _crossing(group, axis, np.array([group[0].teacher]), _where(dataset, rest, points),
+        _crossing(group, axis, np.array([group[0].teacher]), _where(group[0], axis, points),
                   "the teacher", steps=True)
         for axis in sizes
-        for (dataset, _, rest), group in curves(points, axis).items()
+        for group in curves(points, axis).values()
         if len(group) > 1 and group[0].teacher is not None
     ]  # fmt: skip
 
 
-def _where(dataset: str, rest: Sequence[tuple[str, str]], points: Sequence[Point]) -> str:
-    """The dataset and the fixed values that tell curves apart."""
+def _where(point: Point, axis: str, points: Sequence[Point]) -> str:
+    """The dataset, and the values beside the axis that tell curves apart."""
     several = [
-        (axis, value) for axis, value in rest
-        if len({str(p.axes[axis]) for p in points if axis in p.axes}) > 1
+        f"{name} {value}" for name, value in point.axes.items()
+        if name != axis and not (name == DATASET and value == point.dataset)
+        and len({str(p.axes[name]) for p in points if name in p.axes}) > 1
     ]  # fmt: skip
-    return ", ".join([dataset, *(f"{axis} {value}" for axis, value in several)])
+    return ", ".join([point.dataset, *several])
 
 
 def _crossing(
-    group: Sequence[Point], axis: str, level: np.ndarray, where: str, line: str,
-    steps: bool = False,
+    group: Sequence[Point], axis: str, level: np.ndarray, where: str, line: str, *,
+    steps: bool = False, of: float | None = None,
 ) -> Crossing:  # fmt: skip
     """Where the curve of a group reaches the mean of `level`.
 
@@ -297,7 +312,9 @@ def _crossing(
     """
     xs = np.array([point.position(axis) for point in group], float)
     at = _first_at(xs, np.array([p.mean for p in group]), float(level.mean()), steps)
-    drawn, several = [], min(len(p.test) for p in group) > 1
+    # The teacher's value is one number; a baseline's has to have seeds, too.
+    several = min(len(p.test) for p in group) > 1 and (of is None or len(level) > 1)
+    drawn = []
     rng = np.random.default_rng(0)
     for _ in range(_RESAMPLES if several else 0):
         means = np.array([rng.choice(p.test, len(p.test)).mean() for p in group])
@@ -309,7 +326,16 @@ def _crossing(
         if reached >= 0.5:
             low, high = np.quantile(positions, [0.025, 0.975], method="nearest").tolist()
     return Crossing(
-        group[0].arm, where, line, float(level.mean()), at, low, high, reached, (xs[0], xs[-1])
+        group[0].arm,
+        where,
+        line,
+        float(level.mean()),
+        at,
+        low,
+        high,
+        reached,
+        (xs[0], xs[-1]),
+        of,
     )
 
 

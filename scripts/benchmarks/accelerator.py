@@ -571,24 +571,35 @@ def table(lines: list[dict]) -> str:
     return record.table(head, rows)
 
 
-def read_rows(path: pathlib.Path) -> list[dict]:
-    """Rows that were measured before; the last line of a process that was killed may be torn."""
-    found = []
+def read_rows(path: pathlib.Path, where: dict) -> list[dict]:
+    """Rows that were measured before, on this machine with these versions and batches.
+
+    Args:
+      path: of --out; the last line of a process that was killed may be torn.
+      where: machine, versions and batches; rows behind another one are somebody else's.
+    """
+    found, ours = [], False
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return [row for row in found if row.get("kind") != "about" and row["status"] != "cut"]
+        if row.get("kind") == "about":
+            ours = all(row.get(name) == value for name, value in where.items())
+        elif ours and row["status"] == "measured":  # what failed is tried again
+            found.append(row)
+    return found
 
 
 def measure_all(cases: list[Case], batches: str) -> None:
     """Measures what is not in --out yet, as long as there is time."""
     deadline = time.monotonic() + 60 * _MINUTES.value
     path = pathlib.Path(_OUT.value)
-    done = {row["name"]: row for row in read_rows(path)}
     with np.load(batches, allow_pickle=False) as file:
         source = str(file["source"])
+    about = {"kind": "about", **record.about(("torch", "transformers")), "batches": source}
+    where = {name: about[name] for name in ("machine", "versions", "batches")}
+    done = {row["name"]: row for row in read_rows(path, where)}
     with path.open("a") as out:
 
         def write(row: dict) -> None:
@@ -596,7 +607,7 @@ def measure_all(cases: list[Case], batches: str) -> None:
             out.flush()
             os.fsync(out.fileno())
 
-        write({"kind": "about", **record.about(("torch", "transformers")), "batches": source})
+        write(about)
         print(f"batches: {source}", flush=True)
         for number, case in enumerate(cases):
             if case.name in done:

@@ -13,11 +13,12 @@ r"""This trainer's step beside the published method's, on the same examples.
 
 torch has the weights that ours start from, by way of our export, and runs in a process of its own;
 on a CPU both have malloc told to keep freed memory. Contestants take turns, a step each; step k of
-both takes the same examples. A time is from the rows (ours) or token ids (torch) to updated
-parameters. Before the first update both compute the loss of the first step's pairs without dropout:
-"loss equality" is their relative difference. Tokens are those that are not padding, inputs and
-targets together. Memory is the process's high-water mark, on a GPU the device's peak. CPU seconds
-are those of all cores together; on a machine that others use they vary less.
+both takes the same examples. A time is from the batch (ours, which the loader reads ahead) or the
+token ids (torch, padding included) to updated parameters; the row `loader` has what a batch costs.
+Before the first update both compute the loss of the first step's pairs without dropout: "loss
+equality" is their relative difference. Tokens are those that are not padding, inputs and targets
+together. Memory is the process's high-water mark, on a GPU the device's peak. CPU seconds are those
+of all cores together; on a machine that others use they vary less.
 """
 
 import dataclasses
