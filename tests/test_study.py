@@ -477,12 +477,19 @@ dataset = "arithmetic_noisy"
 """
 
 
+def environment(tmp_path):
+    return {
+        **os.environ, "PYTHONPATH": str(ROOT), "DISTILL_CACHE_DIR": str(tmp_path / "cache"),
+        "XLA_FLAGS": "",
+    }  # fmt: skip
+
+
 def run_study(tmp_path, *arguments):
     return subprocess.run(
         [sys.executable, "scripts/study.py", str(tmp_path / "small.toml"),
          f"--output_dir={tmp_path / 'out'}", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=500,
-        env={**os.environ, "DISTILL_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""},
+        env=environment(tmp_path),
     )  # fmt: skip
 
 
@@ -515,8 +522,9 @@ def test_a_study_goes_on_and_its_results_are_the_same_to_the_last_bit(tmp_path):
     (command,) = listed.stdout.splitlines()
     assert listed.returncode == 0 and "--cell=both+RANDOM_SEED=0" in command
     # As a scheduler would run it, from another folder.
-    environment = {**os.environ, "DISTILL_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
-    subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, check=True, timeout=500)
+    subprocess.run(
+        shlex.split(command), cwd=tmp_path, env=environment(tmp_path), check=True, timeout=500
+    )
     again = run_study(tmp_path)
     assert "2 of 2 runs are done" in again.stdout, again.stdout + again.stderr
     assert (out / "results.jsonl").read_bytes() == first
