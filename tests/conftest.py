@@ -3,13 +3,20 @@
 import importlib.util
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 # Before anything imports jax, also in pytest-xdist's workers.
 os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# Most programs are compiled by several tests, workers and child processes: all share one folder.
+_PROGRAMS = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # TensorFlow's start-up notes.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -23,6 +30,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_unconfigure(config):
+    del config
+    if _PROGRAMS:  # of the process that made it, not of xdist's workers
+        shutil.rmtree(_PROGRAMS, ignore_errors=True)
 
 
 # Files are dealt to the workers in this order; a long one at the end would leave a worker idle.

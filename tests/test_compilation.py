@@ -135,6 +135,7 @@ def test_a_warm_run_loads_its_programs_and_computes_the_same(tmp_path):
     def run():
         # Compiling is nearly all that this test does, and it is not about fast programs.
         env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)
         done = subprocess.run(
             [sys.executable, "-c", RUN, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True
         )
