@@ -174,8 +174,14 @@ def test_accelerator(tmp_path, cache_dir):
     assert ours["mfu"] == pytest.approx(rate / product["flops_per_second"])
     assert ours["loss"][1] < ours["loss"][0] + 0.1
 
-    run("accelerator.py", *call)  # goes on where the last call ended: there is nothing left
-    assert [row["kind"] for row in rows_of(out)[4:]] == ["about"]
+    run("accelerator.py", *call)  # goes on where the last call ended: what failed is tried again
+    again, *rest = rows_of(out)[4:]
+    assert again["kind"] == "about" and [row["name"] for row in rest] == ["ours tiny fused"]
+    # Rows of other batches are somebody else's.
+    np.savez(tmp_path / "others.npz", **arrays | {"source": np.array("others")})
+    others = [a.replace("batches.npz", "others.npz") for a in call]
+    run("accelerator.py", *others, "--only=product")
+    assert [row.get("name") for row in rows_of(out)[6:]] == [None, "product"]
 
 
 def test_accelerator_keeps_going_after_a_row_that_failed(tmp_path):
