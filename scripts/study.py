@@ -17,7 +17,6 @@ that are axes. --list prints the command of every run that is not done, for a sc
 share the output folder take a part each with --shard=0/4, 1/4, ...
 """
 
-import functools
 import os
 import re
 import shlex
@@ -76,7 +75,7 @@ def shard(cells: Sequence[study.Cell]) -> Sequence[study.Cell]:
     return cells[int(found[1]) :: int(found[2])]
 
 
-def main(argv: Sequence[str]) -> int | None:
+def main(argv: Sequence[str]) -> None:
     if len(argv) < 2 or argv[1].startswith("-"):
         raise ValueError("Name a manifest first: python scripts/study.py arithmetic.toml ...")
     manifest = argv[1]
@@ -98,29 +97,27 @@ def main(argv: Sequence[str]) -> int | None:
         if cell is None:
             raise ValueError(f"--cell={_CELL.value}: {manifest} has no such run; see --list.")
         study.take_place()
-        return study.run_cell(job, cell)
-
-    def missing(of: Sequence[study.Cell]) -> list[study.Cell]:
-        return [cell for cell in of if study.read_result(job, cell) is None]
-
-    todo = [] if _REPORT.value else missing(shard(cells))
+        study.run_cell(job, cell)
+        return
+    todo = [c for c in shard(cells) if not _REPORT.value and study.read_result(job, c) is None]
     if _LIST.value or values.dry_run:
         for cell in todo:
             print(shlex.join(command(manifest, job, cell.name)))
-        return None
+        return
     outcome = study.Outcome()
     if todo:
         print(f"{plan.title}: {len(cells)} runs, {len(todo)} to do here.", flush=True)
         logs = os.path.join(output_dir if "://" not in output_dir else "study_logs", "logs")
-        start = functools.partial(command, manifest, job)
-        outcome = study.run_cells(todo, lambda cell: start(cell.name), logs, _WORKERS.value)
-    lines = [line for cell in cells for line in study.read_result(job, cell) or ()]
-    left = missing(cells)
-    if lines:
-        summary = study.summarize(plan, lines, missing=len(left))
+        outcome = study.run_cells(
+            todo, lambda cell: command(manifest, job, cell.name), logs, _WORKERS.value
+        )  # fmt: skip
+    kept = [study.read_result(job, cell) for cell in cells]
+    left = kept.count(None)
+    if left < len(cells):
+        summary = study.summarize(plan, [line for lines in kept for line in lines or ()], left)
         study.write(summary, output_dir)
         print(study.markdown(summary))
-    print(f"{len(cells) - len(left)} of {len(cells)} runs are done. In {output_dir}.")
+    print(f"{len(cells) - left} of {len(cells)} runs are done. In {output_dir}.")
     if outcome.failed:
         reasons = "".join(f"\n  {name}: {why}" for name, why in outcome.failed.items())
         raise ValueError(f"{len(outcome.failed)} runs failed:{reasons}")
@@ -128,7 +125,6 @@ def main(argv: Sequence[str]) -> int | None:
         print(f"Other processes have {len(outcome.busy)} of them in hand.")
     if outcome.signalled or outcome.busy:
         sys.exit(study.EXIT_PREEMPTED)  # the same command goes on
-    return None
 
 
 if __name__ == "__main__":

@@ -220,6 +220,20 @@ def test_pair_ids_tell_pairs_apart_and_stay_below_their_bound(corpus_of, config,
     assert largest <= batches.max_pairs <= 3 * largest
 
 
+def test_no_batch_has_more_pairs_than_there_is_room_for_at_any_rates(corpus_of, tmp_path):
+    """A few short pairs that are drawn again and again may come many times in one batch."""
+
+    def pairs(n, inputs, targets):
+        stream = np.full(inputs, 5, np.int32), np.full(targets, 5, np.int32)
+        return [{"label": stream, "rationale": stream}] * n
+
+    long, short = pairs(400, 36, 22), pairs(4, 3, 2)
+    corpus = joined([corpus_of(long, "long"), corpus_of(short, "short", rate=20.0)], tmp_path)
+    batches = data.TrainBatches(corpus, rows_config(8), with_pair_ids=True)
+    for epoch in range(3):
+        assert batches.plan(epoch).examples.max() <= batches.max_pairs
+
+
 def test_pair_ids_are_there_on_demand_only_and_change_nothing_else(corpus_of):
     corpus = corpus_of(random_pairs(33))
     plain = next(data.TrainBatches(corpus, rows_config(6)).iterate(data.Position())).arrays

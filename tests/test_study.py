@@ -1,5 +1,6 @@
 """Studies: manifests, the runs they mean, what is read off the results, and a real one."""
 
+import fcntl
 import json
 import math
 import os
@@ -206,6 +207,12 @@ def test_shipped_manifests_resolve(path):
 # --- What is read off -----------------------------------------------------------------------------
 
 
+def without_alpha(axis="TRAIN_FRACTION = [0.25, 1.0]", text=BASIC):
+    """The manifest with another axis, and none of an arm's own."""
+    text = text.replace("TRAIN_FRACTION = [0.25, 1.0]", axis).split("[[when]]")[0]
+    return text.replace("axes.ALPHA = [0.3, 0.5]", "")
+
+
 def line(arm, fraction, seed, test, **more):
     found = {
         "arm": arm, "dataset": "arithmetic", "tested_on": "arithmetic", "task": "arithmetic_label",
@@ -217,14 +224,13 @@ def line(arm, fraction, seed, test, **more):
     return found | more
 
 
-def summed(tmp_path, values, text=None) -> summary.Summary:
+def summed(tmp_path, values) -> summary.Summary:
     """values: {(arm, fraction): accuracies of seeds 0, 1, ...}."""
-    text = text or BASIC.replace("axes.ALPHA = [0.3, 0.5]", "").split("[[when]]")[0]
     lines = [
         line(arm, fraction, seed, test)
         for (arm, fraction), tests in values.items() for seed, test in enumerate(tests)
     ]  # fmt: skip
-    return study.summarize(study_of(tmp_path, text), lines)
+    return study.summarize(study_of(tmp_path, without_alpha()), lines)
 
 
 def test_means_over_seeds_have_students_interval(tmp_path):
@@ -291,8 +297,7 @@ def test_intervals_of_a_crossing_are_wider_where_seeds_differ(tmp_path):
 
 
 def test_the_smallest_student_that_passes_the_teacher(tmp_path):
-    text = BASIC.replace("TRAIN_FRACTION = [0.25, 1.0]", "T5Config.emb_dim = [32, 64, 96]")
-    text = text.replace("axes.ALPHA = [0.3, 0.5]", "").split("[[when]]")[0]
+    text = without_alpha("T5Config.emb_dim = [32, 64, 96]")
     made = study_of(tmp_path, text)
     lines = [
         line(arm, 1.0, seed, test, parameters=size * 100, **{"T5Config.emb_dim": size})
@@ -306,10 +311,7 @@ def test_the_smallest_student_that_passes_the_teacher(tmp_path):
 
 
 def test_datasets_are_told_apart_and_mixtures_are_not_seeds(tmp_path):
-    text = BASIC.replace('dataset = "arithmetic"', "").replace(
-        "TRAIN_FRACTION = [0.25, 1.0]", 'dataset = ["cqa", "all"]'
-    )
-    text = text.replace("axes.ALPHA = [0.3, 0.5]", "").split("[[when]]")[0]
+    text = without_alpha('dataset = ["cqa", "all"]', BASIC.replace('dataset = "arithmetic"', ""))
     made = study_of(tmp_path, text)
     lines = [
         line(arm, 1.0, seed, test + shift, dataset=dataset, tested_on="cqa", task="cqa_label")
@@ -326,10 +328,7 @@ def test_datasets_are_told_apart_and_mixtures_are_not_seeds(tmp_path):
 
 
 def test_several_datasets_have_a_column_in_both_tables(tmp_path):
-    text = BASIC.replace('dataset = "arithmetic"', "").replace(
-        "TRAIN_FRACTION = [0.25, 1.0]", 'dataset = ["cqa", "svamp"]'
-    )
-    text = text.replace("axes.ALPHA = [0.3, 0.5]", "").split("[[when]]")[0]
+    text = without_alpha('dataset = ["cqa", "svamp"]', BASIC.replace('dataset = "arithmetic"', ""))
     lines = [
         line(arm, 1.0, 0, 0.5, dataset=dataset, tested_on=dataset, task=f"{dataset}_label")
         for arm in ("labels", "both") for dataset in ("cqa", "svamp")
@@ -365,8 +364,7 @@ def test_files_are_the_same_for_the_same_results(tmp_path):
 
 
 def test_an_axis_of_names_has_no_plot(tmp_path):
-    text = BASIC.replace("TRAIN_FRACTION = [0.25, 1.0]", 'PARSING = ["reference", "repaired"]')
-    text = text.replace("axes.ALPHA = [0.3, 0.5]", "").split("[[when]]")[0]
+    text = without_alpha('PARSING = ["reference", "repaired"]')
     lines = [
         line("labels", 1.0, 0, 0.5, PARSING=parsing) for parsing in ("reference", "repaired")
     ]  # fmt: skip
@@ -451,6 +449,30 @@ def test_workers_share_out_what_there_is(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert pool.places(2) == [{"STUDY_CORES": "0,1"}, {"STUDY_CORES": "2,3"}]
+
+
+def test_a_run_keeps_to_its_cores():
+    code = "import os; from distill.study import pool; pool.take_place();"
+    code += "print(len(os.sched_getaffinity(0)))"
+    core = str(min(os.sched_getaffinity(0)))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "STUDY_CORES": core},
+    )  # fmt: skip
+    assert done.stdout == "1\n"
+
+
+def test_a_run_that_another_process_has_in_hand_is_left_alone(tmp_path):
+    made = study_of(tmp_path)
+    job = study.Job(made, str(tmp_path / "out"))
+    folder = job.run_dir(made.cells()[0])
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as ended:
+            study.run_cell(job, made.cells()[0])
+    assert ended.value.code == study.EXIT_BUSY
+    assert not (folder / "study.json").exists()
 
 
 # --- A real one -----------------------------------------------------------------------------------

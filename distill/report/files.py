@@ -81,7 +81,7 @@ def markdown(report: Report) -> str:
             f"At the step with the best validation value, on the test split ({of}); in brackets "
             "the 95 % interval over examples."
         ),
-        _markdown_table(header, rows),
+        markdown_table(header, rows),
     ]
     if report.comparisons:
         rows = [
@@ -99,7 +99,7 @@ def markdown(report: Report) -> str:
         parts += [
             "Pairs on the same examples (p: McNemar's exact test, not corrected for the number of "
             "pairs):",
-            _markdown_table(header, rows),
+            markdown_table(header, rows),
         ]
     if report.notes:
         parts.append("\n".join(f"- {_markdown(note)}" for note in report.notes))
@@ -121,7 +121,7 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*|]|<(?=[^\s\d])|&(?=\S)|\](?=[(\[]))", r"\\\1", visible(text))
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [list(map(_markdown, row)) for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])

@@ -7,7 +7,7 @@ not done, `summary` and `files` say what came out. `scripts/study.py` is the com
 from distill.study.cell import EXIT_BUSY, Job, read_result, run_cell
 from distill.study.files import markdown, write
 from distill.study.manifest import Arm, Cell, Study, read
-from distill.study.pool import EXIT_PREEMPTED, Outcome, places, run_cells, take_place
+from distill.study.pool import EXIT_PREEMPTED, Outcome, run_cells, take_place
 from distill.study.summary import Summary, summarize
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Study",
     "Summary",
     "markdown",
-    "places",
     "read",
     "read_result",
     "run_cell",

@@ -84,11 +84,10 @@ def read_result(job: Job, cell: Cell) -> list[dict[str, Any]] | None:
     Raises:
       ValueError: the result, or the run that is under way, is of other settings.
     """
-    path = _result_path(job, cell)
-    started = job.run_dir(cell) / "study.json"
-    for file in (path, started):
+    path, now = _result_path(job, cell), job.identity(cell)
+    for file in (path, job.run_dir(cell) / "study.json"):
         if file.exists():
-            _require_same(file, json.loads(file.read_text())["made_with"], job.identity(cell))
+            _require_same(file, json.loads(file.read_text())["made_with"], now)
     return json.loads(path.read_text())["lines"] if path.exists() else None
 
 
@@ -123,18 +122,23 @@ def run_cell(job: Job, cell: Cell) -> None:
         if read_result(job, cell) is not None:
             logging.info("%s is done", cell.name)
             return
+        made_with, given = job.identity(cell), job.resolved(cell)
         if cluster.is_first():
-            text = json.dumps({"made_with": job.identity(cell)}, indent=1)
+            text = json.dumps({"made_with": made_with}, indent=1)
             results.write_text(job.run_dir(cell) / "study.json", text + "\n")
-        _require_splits(job.resolved(cell)["data"])
-        length = _length(job, cell)
+        _require_splits(given["data"])
+        batches = _batches(given)
+        length = _length(job, cell, given, batches)
         trained = configure.execute(train.train, job.argv(cell, *length))
-        given = job.resolved(cell, *length)
         (best,) = students.find(str(job.run_dir(cell)), "best")
         scores = configure.execute(evaluate.evaluate, _test(job, cell, given["data"]))
-        lines = [_line(job, cell, given, trained, best, score) for _, score in scores]
+        sizes = {
+            "parameters": t5.param_count(given["model"]), "examples": batches.num_pairs,
+            "steps": trained.step - best.metadata["base_step"], "tokens": trained.tokens,
+        }  # fmt: skip
+        lines = [_line(job, cell, sizes, best, score) for _, score in scores]
         if cluster.is_first():
-            text = json.dumps({"made_with": job.identity(cell), "lines": lines}, indent=1)
+            text = json.dumps({"made_with": made_with, "lines": lines}, indent=1)
             results.write_text(_result_path(job, cell), text + "\n")
         cluster.wait_for_all("result")
 
@@ -177,14 +181,15 @@ def _require_splits(config: data.DataConfig) -> None:
             )
 
 
-def _length(job: Job, cell: Cell) -> list[str]:
+def _length(
+    job: Job, cell: Cell, given: dict[str, Any], batches: data.TrainBatches
+) -> list[str]:  # fmt: skip
     """Updates of the run, and how often it is evaluated and saved."""
-    config = job.resolved(cell)["config"]
-    steps = config.train_steps
+    steps = given["config"].train_steps
     if cell.arm.tokens_of:
-        reference = job.study.reference(cell)
-        tokens = job.resolved(reference)["config"].train_steps * _tokens_per_step(job, reference)
-        steps = round(tokens / _tokens_per_step(job, cell))
+        other = job.resolved(job.study.reference(cell))
+        tokens = other["config"].train_steps * _tokens_per_step(_batches(other))
+        steps = round(tokens / _tokens_per_step(batches))
     period = max(1, -(-steps // job.study.evaluations))
     return [
         f"--gin.{STEPS}={steps}", f"--gin.EVAL_PERIOD={period}",
@@ -198,9 +203,9 @@ def _batches(given: dict[str, Any]) -> data.TrainBatches:
     return data.TrainBatches(corpus, given["data"], packing.Flops.of(given["model"]))
 
 
-def _tokens_per_step(job: Job, cell: Cell) -> float:
+def _tokens_per_step(batches: data.TrainBatches) -> float:
     """Real tokens of a step, inputs and targets: the mean over the first epoch."""
-    return float(_batches(job.resolved(cell)).plan(0).tokens.mean())
+    return float(batches.plan(0).tokens.mean())
 
 
 def _test(job: Job, cell: Cell, rows: cache.RowsConfig) -> list[str]:
@@ -216,12 +221,10 @@ def _test(job: Job, cell: Cell, rows: cache.RowsConfig) -> list[str]:
 
 
 def _line(
-    job: Job, cell: Cell, given: dict[str, Any], trained: train.TrainResult,
-    best: students.Checkpoint, score: scoring.Score,
+    job: Job, cell: Cell, sizes: dict[str, int], best: students.Checkpoint, score: scoring.Score
 ) -> dict[str, Any]:  # fmt: skip
     """A line of the results file. Nothing in it differs when the run is made again."""
     metric, estimate = score.main
-    base = best.metadata["base_step"]
     taught = [
         line["value"] for line in results.Store(job.run_dir(cell) / students.RESULTS).lines()
         if line["run"] == "teacher" and line["metric"] == metric and line["split"] == "test"
@@ -235,11 +238,8 @@ def _line(
         "trained_on": cell.task,
         "tested_on": score.dataset,
         "task": score.task,
-        "parameters": t5.param_count(given["model"]),
-        "examples": _batches(given).num_pairs,
-        "steps": trained.step - base,
-        "tokens": trained.tokens,
-        "chosen_step": best.step - base,
+        **sizes,
+        "chosen_step": best.step - best.metadata["base_step"],
         "metric": metric,
         "validation": _validation(best, cell.arm.dataset or score.dataset, score.task, metric),
         "test": estimate.value,
@@ -249,9 +249,7 @@ def _line(
     }
 
 
-def _validation(
-    best: students.Checkpoint, dataset: str, task: str, metric: str
-) -> float | None:  # fmt: skip
+def _validation(best: students.Checkpoint, dataset: str, task: str, metric: str) -> float | None:
     """What training noted for the task that stands for `task` on the dataset it trained on."""
     wanted = dataset, prompts.split_name(task)[1]
     for name, values in best.metadata["metrics"].items():

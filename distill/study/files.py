@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from etils import epath
 
 from distill import results
+from distill.report.files import COLOURS, count, markdown_table
 from distill.study.manifest import DATASET
 from distill.study.summary import (
     EXAMPLES,
     Crossing,
     Point,
     Summary,
+    beside,
     curves,
     is_size,
 )
 
-_COLOURS = ("#4a5568", "#2b6cb0", "#b45309", "#2f855a", "#b83280", "#6b46c1", "#0e7490", "#c53030")
 _MARKERS = "os^DvP*X"
 
 
@@ -56,7 +57,7 @@ def markdown(summary: Summary) -> str:
     rows = [
         [
             *([p.dataset] if several else []), p.arm, *(str(p.axes.get(a, "")) for a in shown),
-            f"{p.examples:,}", f"{p.steps:,.0f}", _short(p.tokens), str(len(p.seeds)),
+            f"{p.examples:,}", f"{p.steps:,.0f}", count(p.tokens), str(len(p.seeds)),
             f"{p.mean:.4f}", _plus_minus(p.half_width),
             f"{p.test.std(ddof=1):.4f}" if len(p.test) > 1 else "",
             "" if math.isnan(p.validation.mean()) else f"{p.validation.mean():.4f}",
@@ -71,7 +72,7 @@ def markdown(summary: Summary) -> str:
             f"{dataset}: {first.metric} on {first.n:,} test examples at the step that is best on "
             f"validation (standard error over examples about {first.standard_error:.4f}){teacher}."
         )
-    parts.append(_table(header, rows))
+    parts.append(markdown_table(header, rows))
     if summary.differences:
         rows = [
             [
@@ -88,7 +89,7 @@ def markdown(summary: Summary) -> str:
             *(["tested on"] if several else []), "arm", "minus", "examples", "seeds", "difference",
             "",
         ]  # fmt: skip
-        parts.append(_table(header, rows))
+        parts.append(markdown_table(header, rows))
     said = [_said(c, "examples") for c in summary.examples]
     said += [_said(c, "parameters") for c in summary.sizes]
     if said:
@@ -106,7 +107,8 @@ def _axes_of(point: Point, shown: Sequence[str]) -> str:
 def _said(crossing: Crossing, unit: str) -> str:
     """A sentence about a crossing."""
     first, last = (f"{x:,.0f}" for x in crossing.span)
-    start = f"{crossing.where}: {crossing.arm} reaches {crossing.line} ({crossing.level:.4f})"
+    where = ", ".join([crossing.dataset, *crossing.where])
+    start = f"{where}: {crossing.arm} reaches {crossing.line} ({crossing.level:.4f})"
     if crossing.at is None:
         said = f"{start} at none of {first} to {last} {unit}"
     else:
@@ -125,22 +127,6 @@ def _said(crossing: Crossing, unit: str) -> str:
 
 def _plus_minus(half_width: float) -> str:
     return "" if math.isnan(half_width) else f"+- {half_width:.4f}"
-
-
-def _short(count: float) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [list(header), *map(list, rows)]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in cells
-    )
 
 
 # --- Plots ----------------------------------------------------------------------------------------
@@ -180,13 +166,7 @@ def draw(summary: Summary, axis: str, path: epath.Path) -> None:
 
 
 def _label(point: Point, axis: str, summary: Summary) -> str:
-    """The arm, and the values beside the axis that tell its curves apart."""
-    several = [
-        f"{name} {value}" for name, value in point.axes.items()
-        if name in summary.axes and name != axis
-        and not (name == DATASET and value == point.dataset)
-    ]  # fmt: skip
-    return ", ".join([point.arm, *several])
+    return ", ".join([point.arm, *beside(point, axis, summary.axes)])
 
 
 def _axis_name(axis: str) -> str:
@@ -208,7 +188,7 @@ def _panel(panel, summary: Summary, axis: str, dataset: str, arms: Sequence[str]
     for group in lines:
         label = _label(group[0], axis, summary)
         number = arms.index(label)  # the same colour in every panel
-        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        colour, marker = COLOURS[number % len(COLOURS)][0], _MARKERS[number % len(_MARKERS)]
         xs = [p.position(axis) for p in group]
         bars = [0 if math.isnan(p.half_width) else p.half_width for p in group]
         panel.errorbar(
@@ -225,15 +205,15 @@ def _panel(panel, summary: Summary, axis: str, dataset: str, arms: Sequence[str]
         )  # fmt: skip
     if axis in EXAMPLES:
         for crossing in summary.examples:
-            if crossing.at is not None and crossing.where.split(",")[0] == dataset:
-                panel.axhline(crossing.level, color=_COLOURS[0], linestyle=":", linewidth=1)
+            if crossing.at is not None and crossing.dataset == dataset:
+                panel.axhline(crossing.level, color="grey", linestyle=":", linewidth=1)
                 panel.plot([crossing.at], [crossing.level], "*", color="black", markersize=11)
     if axis in EXAMPLES or is_size(axis):
         from matplotlib import ticker
 
         panel.set_xscale("log")
         ticks = sorted({p.position(axis) for group in lines for p in group})
-        panel.set_xticks(ticks, labels=[_short(x) if x >= 1e5 else f"{x:,.0f}" for x in ticks])
+        panel.set_xticks(ticks, labels=[count(x) if x >= 1e5 else f"{x:,.0f}" for x in ticks])
         panel.xaxis.set_minor_locator(ticker.NullLocator())
     panel.set_xlabel(_axis_name(axis))
     panel.set_ylabel(f"test {first.metric}")

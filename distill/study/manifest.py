@@ -36,6 +36,7 @@ step-by-step, such as `published.gin`.
 import dataclasses
 import difflib
 import itertools
+import math
 import pathlib
 import re
 import tomllib
@@ -44,7 +45,7 @@ from typing import Any
 
 from etils import epath
 
-from distill import prompts
+from distill import configure, prompts
 
 SEED, STEPS = "RANDOM_SEED", "TRAIN_STEPS_RELATIVE"
 # Axes that are no settings of gin.
@@ -244,8 +245,6 @@ def read(path: str) -> Study:
 
 
 def _find(path: str) -> epath.Path | pathlib.Path:
-    from distill import configure
-
     here = epath.Path(path).expanduser()
     if here.is_file():
         return here
@@ -346,17 +345,10 @@ def _check(study: Study) -> None:
     for values, _ in study.when:
         if unknown := set(values) - known:
             raise ValueError(f"when {unknown.pop()!r}: no arm has this axis; there are {known}")
-    number = sum(_product(study.axes_of(arm)) for arm in study.arms)
+    number = sum(math.prod(map(len, study.axes_of(arm).values())) for arm in study.arms)
     if number > _MAX_CELLS:
         raise ValueError(f"it has {number:,} runs; {_MAX_CELLS:,} are the limit")
     study.cells()
-
-
-def _product(axes: Mapping[str, Sequence[Any]]) -> int:
-    number = 1
-    for values in axes.values():
-        number *= len(values)
-    return number
 
 
 def _known(where: str, said: Any, kinds: Mapping[str, type]) -> None:
@@ -372,24 +364,20 @@ def _known(where: str, said: Any, kinds: Mapping[str, type]) -> None:
 
 
 def _settings(where: str, said: dict[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name, value in _flat(said).items():
+    found = _flat(said)
+    for name in found:
         if name in _OURS:
             raise ValueError(f"{where}: {name} is set by the study: {_OURS[name]}")
-        found[name] = value
     return found
 
 
 def _axes(where: str, said: dict[str, Any]) -> dict[str, list[Any]]:
-    found = {}
-    for name, values in _flat(said).items():
-        if name in _OURS:
-            raise ValueError(f"{where}: {name} is set by the study: {_OURS[name]}")
+    found = _settings(where, said)
+    for name, values in found.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{where}: {name} must be a list of values, not {values!r}")
         if any(values.count(value) > 1 for value in values):
             raise ValueError(f"{where}: {name} has a value twice: {values}")
-        found[name] = values
     return found
 
 

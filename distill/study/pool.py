@@ -42,7 +42,7 @@ class Outcome:
 class _Running:
     cell: Cell
     process: subprocess.Popen
-    place: int
+    place: dict[str, str]
     log: str
     started: float
     log_start: int  # where this attempt's output begins
@@ -74,7 +74,9 @@ def places(workers: int | None) -> list[dict[str, str]]:
             "a part of the runs with --shard."
         )
     if workers > len(units):
-        raise ValueError(f"--workers={workers}, but there are {len(units)} {name}.")
+        raise ValueError(
+            f"--workers={workers}, but there are {len(units)} {name}: give at most so many."
+        )
     share = len(units) // workers
     variable = "CUDA_VISIBLE_DEVICES" if cards else "STUDY_CORES"
     return [
@@ -117,9 +119,7 @@ def run_cells(
       workers: see `places`.
     """
     os.makedirs(log_dir, exist_ok=True)
-    free = places(workers)
-    environments = dict(enumerate(free))
-    idle, running, outcome = list(environments), [], Outcome()
+    idle, running, outcome = places(workers), [], Outcome()
     waiting = collections.deque(cells)
     signals: list[int] = []
 
@@ -133,7 +133,9 @@ def run_cells(
         with bar:
             while running or (waiting and not signals):
                 while waiting and idle and not signals:
-                    running.append(_start(waiting.popleft(), command, log_dir, idle, environments))
+                    cell, place = waiting.popleft(), idle.pop(0)
+                    log = os.path.join(log_dir, f"{cell.name}.txt")
+                    running.append(_start(cell, command(cell), log, place))
                 bar.set_description(", ".join(at.cell.name for at in running)[:80])
                 time.sleep(_POLL_SECONDS)
                 if signals:
@@ -158,14 +160,12 @@ def run_cells(
     return outcome
 
 
-def _start(cell, command, log_dir, idle, environments) -> _Running:
-    place = idle.pop(0)
-    log = os.path.join(log_dir, f"{cell.name}.txt")
+def _start(cell: Cell, command: Sequence[str], log: str, place: dict[str, str]) -> _Running:
     with open(log, "ab") as file:
         log_start = file.tell()
         process = subprocess.Popen(
-            command(cell), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env={**os.environ, **environments[place]},
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env={**os.environ, **place},
             start_new_session=True,  # Ctrl-C comes to us, and we pass it on
         )  # fmt: skip
     return _Running(cell, process, place, log, time.monotonic(), log_start)

@@ -113,7 +113,8 @@ class Crossing:
 
     Attributes:
       arm: whose curve.
-      where: dataset and what else is fixed.
+      dataset: that it was tested on.
+      where: what else is fixed, as in `beside`.
       line: what is reached, in words.
       level: the value.
       at: the position, between two points on a logarithmic axis; None where no point reaches it.
@@ -126,7 +127,8 @@ class Crossing:
     """
 
     arm: str
-    where: str
+    dataset: str
+    where: Sequence[str]
     line: str
     level: float
     at: float | None
@@ -162,11 +164,24 @@ class Summary:
     @property
     def axes(self) -> list[str]:
         """Those with several values, but for seeds."""
-        names = dict.fromkeys(axis for point in self.points for axis in point.axes)
-        return [
-            axis for axis in names
-            if len({str(p.axes[axis]) for p in self.points if axis in p.axes}) > 1
-        ]  # fmt: skip
+        return _varied(self.points)
+
+
+def _varied(points: Sequence[Point]) -> list[str]:
+    names = dict.fromkeys(axis for point in points for axis in point.axes)
+    return [
+        axis for axis in names
+        if len({str(p.axes[axis]) for p in points if axis in p.axes}) > 1
+    ]  # fmt: skip
+
+
+def beside(point: Point, axis: str, varied: Sequence[str]) -> list[str]:
+    """The values that tell the curves over an axis apart, such as `ALPHA 0.3`."""
+    return [
+        f"{name} {value}" for name, value in point.axes.items()
+        if name in varied and name != axis
+        and not (name == DATASET and value == point.dataset)
+    ]  # fmt: skip
 
 
 def half_width(values: np.ndarray) -> float:
@@ -254,10 +269,7 @@ def curves(points: Sequence[Point], axis: str) -> dict[tuple, list[Point]]:
         if axis in point.axes:
             rest = tuple((k, str(v)) for k, v in point.axes.items() if k != axis)
             found[point.dataset, point.arm, rest].append(point)
-    return {
-        key: sorted(group, key=lambda p: p.position(axis))
-        for key, group in found.items()
-    }  # fmt: skip
+    return {k: sorted(group, key=lambda p: p.position(axis)) for k, group in found.items()}
 
 
 def _examples(points: Sequence[Point], baseline: str) -> list[Crossing]:
@@ -275,7 +287,7 @@ def _examples(points: Sequence[Point], baseline: str) -> list[Crossing]:
                     own = set(full.axes) - set(group[0].axes)
                     name = ", ".join([baseline, *(f"{k} {full.axes[k]}" for k in sorted(own))])
                     line = f"{name} on {full.examples:,} examples"
-                    where = _where(group[0], axis, points)
+                    where = beside(group[0], axis, _varied(points))
                     found.append(_crossing(group, axis, full.test, where, line, of=full.examples))
     return found
 
@@ -284,26 +296,16 @@ def _sizes(points: Sequence[Point]) -> list[Crossing]:
     """The smallest student of each arm that passes the teacher."""
     sizes = dict.fromkeys(axis for point in points for axis in point.axes if is_size(axis))
     return [
-        _crossing(group, axis, np.array([group[0].teacher]), _where(group[0], axis, points),
-                  "the teacher", steps=True)
+        _crossing(group, axis, np.array([group[0].teacher]),
+                  beside(group[0], axis, _varied(points)), "the teacher", steps=True)
         for axis in sizes
         for group in curves(points, axis).values()
         if len(group) > 1 and group[0].teacher is not None
     ]  # fmt: skip
 
 
-def _where(point: Point, axis: str, points: Sequence[Point]) -> str:
-    """The dataset, and the values beside the axis that tell curves apart."""
-    several = [
-        f"{name} {value}" for name, value in point.axes.items()
-        if name != axis and not (name == DATASET and value == point.dataset)
-        and len({str(p.axes[name]) for p in points if name in p.axes}) > 1
-    ]  # fmt: skip
-    return ", ".join([point.dataset, *several])
-
-
 def _crossing(
-    group: Sequence[Point], axis: str, level: np.ndarray, where: str, line: str, *,
+    group: Sequence[Point], axis: str, level: np.ndarray, where: Sequence[str], line: str, *,
     steps: bool = False, of: float | None = None,
 ) -> Crossing:  # fmt: skip
     """Where the curve of a group reaches the mean of `level`.
@@ -326,17 +328,9 @@ def _crossing(
         if reached >= 0.5:
             low, high = np.quantile(positions, [0.025, 0.975], method="nearest").tolist()
     return Crossing(
-        group[0].arm,
-        where,
-        line,
-        float(level.mean()),
-        at,
-        low,
-        high,
-        reached,
-        (xs[0], xs[-1]),
-        of,
-    )
+        group[0].arm, group[0].dataset, where, line, float(level.mean()), at, low, high, reached,
+        (xs[0], xs[-1]), of,
+    )  # fmt: skip
 
 
 def _first_at(xs: np.ndarray, ys: np.ndarray, level: float, steps: bool) -> float | None:
